@@ -1,0 +1,39 @@
+# Everything here works on a fresh machine with Python >= 3.11 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test slow check bench docs clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## train, attack, defend and report on synthetic faces
+	$(BIN)/fedgc-priv demo
+
+test: $(STAMP)  ## the tests, in minutes
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)  ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)  ## all that CI checks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## speed and memory; never part of the tests
+	$(BIN)/python -m benchmarks.correction
+	$(BIN)/python -m benchmarks.training
+
+docs: $(STAMP)  ## check that every page that a page links to exists
+	$(BIN)/python -m pytest tests/test_readme.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

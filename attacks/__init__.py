@@ -1,0 +1,1 @@
+"""Attacks: each turns an `Observation` into a `Reconstruction`. `attacks.registry` lists them."""

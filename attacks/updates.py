@@ -1,0 +1,50 @@
+"""What a step attack reads out of an observation: its targets, and the gradient behind each of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedgc.types import HEAD, LocalConstants, Observation, ObservedUpdate
+
+
+def targets(observation: Observation) -> tuple[ObservedUpdate, ...]:
+    """The observed updates: one a client where they arrive singly, else the mean of the other clients'."""
+    if observation.client_updates is not None:
+        return observation.client_updates
+    return () if observation.aggregate is None else (observation.aggregate,)
+
+
+def source(update: ObservedUpdate) -> int:
+    """The client of an update; -1 for a mean of several."""
+    return update.clients[0] if len(update.clients) == 1 else -1
+
+
+def gradient(update: ObservedUpdate, constants: LocalConstants) -> dict[str, Tensor]:
+    """Gradient of the loss at ``update.before``, from one SGD step: -delta/lr - weight_decay·before, where
+    the client shortened its gradient (``clip_norm``) up to one common factor.
+
+    Only tensors whose start is known and that training steps on: running statistics are not among a model's
+    parameters and are left to the caller, who looks gradients up by parameter name.
+    """
+    return {
+        name: -delta / constants.lr_of(name) - constants.weight_decay * update.before[name]
+        for name, delta in update.delta.items()
+        if name in update.before
+    }
+
+
+def unreadable(observation: Observation) -> str | None:
+    """Why the updates of this observation cannot be read through the head's rows, or None."""
+    constants = observation.public_constants
+    if constants.lr == 0:
+        return "the recorded step was taken at a learning rate of 0 and changed nothing; record an earlier round"
+    for update in targets(observation):
+        if not any(bool(change.any()) for change in update.delta.values()):
+            return f"the update of client {source(update)} is all zeros: there is nothing in it to read"
+        if HEAD not in update.delta or HEAD not in update.before:
+            return (
+                f"reads labels from changes of the class embeddings ({HEAD}), and none reach the seat "
+                f"'{observation.threat}' under {observation.algorithm}. The change of the backbone does, and "
+                "it depends on the photos too: that this attack cannot start does not say that nothing leaks"
+            )
+    return None

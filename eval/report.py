@@ -1,0 +1,126 @@
+"""report: runs and their attacks become one self-contained page, tables and figures. Reads results only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from eval import pictures, provenance, sections
+from eval.curves import Drawn, curves
+from eval.narrative import accounting, verdict
+from eval.results import COLUMNS, Cell, RunResult, cells, table
+from eval.wording import LEDGER, LIMITS
+from fedgc.errors import UsageError
+from fedgc.files import PRIVATE, SHARED, make_folder, write_bytes, write_json, write_text
+
+SCHEMA = 1
+TEMPLATE, STYLE = "report.template.html", "report.css"
+WITHHELD = (
+    "This copy was made to be shared: neither private photos nor pictures made from them are in it. Build the report "
+    "without --no-originals to see them."
+)
+
+
+def build(
+    runs: Sequence[RunResult], out: Path, *, originals: bool = True, commands: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Write report.html, results.csv, results.json and figures/ into ``out``; returns what was written and found.
+
+    originals: whether private photos and their reconstructions may be shown; a page with faces is readable by its owner
+    only. commands: printed as the way to reproduce; without, the arguments that each run recorded. Raises UsageError where
+    there is no run.
+    """
+    if not runs:
+        raise UsageError("no run to report: give run directories, or a folder that holds some")
+    grouped = cells(runs)
+    drawn = curves(grouped)
+    grids = pictures.grids(grouped) if originals else []
+    said = verdict(grouped)
+    page = _page(runs, grouped, drawn, grids, said, originals, commands)
+    make_folder(out / "figures")
+    for figure in drawn:
+        write_bytes(out / "figures" / f"{figure.name}.svg", figure.svg)
+        write_bytes(out / "figures" / f"{figure.name}.png", figure.png)
+    rows = table(runs)
+    headline = [_headline(cell) for cell in grouped]
+    write_text(out / "results.csv", _csv(rows))
+    write_json(out / "results.json", {"schema": SCHEMA, "verdict": said, "headline": headline, "rows": rows})
+    write_text(out / "report.html", page, PRIVATE if grids else SHARED)
+    return {
+        "report": str(out / "report.html"), "results": [str(out / "results.csv"), str(out / "results.json")],
+        "figures": [str(out / "figures" / f"{f.name}.{kind}") for f in drawn for kind in ("svg", "png")],
+        "private": bool(grids), "runs": len(runs), "headline": headline, "verdict": said,
+    }  # fmt: skip
+
+
+def _page(
+    runs: Sequence[RunResult], grouped: Sequence[Cell], drawn: Sequence[Drawn], grids: Sequence[dict[str, Any]],
+    said: Sequence[str], originals: bool, commands: Sequence[str],
+) -> str:  # fmt: skip
+    import jinja2
+    from markupsafe import Markup
+
+    folder = resources.files("eval")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((folder / TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(
+        style=Markup((folder / STYLE).read_text(encoding="utf-8")),
+        title=_title(grouped), verdict=said, headline=sections.headline(grouped), threats=sections.threats(grouped),
+        utility=sections.utility(grouped), attacks=sections.attacks(grouped), ledger=LEDGER,
+        figures=[{"svg": Markup(inline(f)), "alt": f.alt, "name": f.name} for f in drawn],
+        originals=originals, withheld=WITHHELD, grids=grids, selection=pictures.SELECTION,
+        accounting=accounting(grouped), limits=LIMITS, data=provenance.data(runs),
+        reproduction=provenance.reproduction(runs, commands), seeds=any(len(c.runs) > 1 for c in grouped),
+    )  # fmt: skip
+
+
+def _title(grouped: Sequence[Cell]) -> str:
+    names = list(dict.fromkeys(sections.algorithm_name(c.algorithm) for c in grouped))
+    return f"What leaks, and to whom: {', '.join(names)}"
+
+
+def inline(figure: Drawn) -> str:
+    """The SVG as an element of a page: no prolog, no namespaces (a page needs none), identifiers that are its own."""
+    text = figure.svg.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", text)
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{figure.name}-', text)
+    text = re.sub(r'(url\(|href=")#', rf"\g<1>#{figure.name}-", text)
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img" aria-hidden="true"', text, count=1)
+
+
+def _headline(cell: Cell) -> dict[str, Any]:
+    """One cell in figures: utility beside the untrained net, and each seat's attacks by their headline metric."""
+    first = cell.first
+    leakage = []
+    for entry in first.entries:
+        metric = sections.headline_metric(entry)
+        if entry.get("refused") or metric is None or entry != first.leading(entry["attack"], entry["threat"]):
+            continue
+        measured = cell.attack(entry["attack"], entry["threat"], metric).json()
+        leakage.append({"attack": entry["attack"], "threat": entry["threat"], "metric": metric, **measured})
+    utility = {m: cell.utility(m).json() for m in ("auc", "tar@far=0.1")}
+    return {
+        "label": cell.label, "algorithm": cell.algorithm, "defense": cell.defense, "epsilon": cell.epsilon,
+        "runs": [r.path for r in cell.runs], "seeds": [r.seed for r in cell.runs], "utility": utility,
+        "untrained": {"auc": cell.utility("auc", "untrained").json()}, "leakage": leakage,
+    }  # fmt: skip
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+__all__ = ["RunResult", "build"]

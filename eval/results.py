@@ -1,0 +1,292 @@
+"""What finished runs hold, in the shapes that a report needs: entries, cells (a configuration over its seeds), table rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+Entry = dict[str, Any]
+Value = Mapping[str, Any]
+
+ALGORITHM_NAMES = {
+    "centralized": "Centralized", "local": "Local", "fedpe": "FedPE", "fedavg": "FedAvg", "fedgc": "FedGC",
+    "fedcos": "FedCos", "fedaws": "FedAwS",
+}  # fmt: skip
+SEATS = ("server", "server-secagg", "client", "probing-client", "outsider")
+
+# metric: (name in words, unit), in the order of tables
+METRICS: dict[str, tuple[str, str]] = {
+    "rank1": ("named at rank 1", "%"), "rank5": ("named within rank 5", "%"), "auc": ("AUC", ""),
+    "sar1@fmr=0.01": ("SAR-I at FMR 1 %", "%"), "sar2@fmr=0.01": ("SAR-II at FMR 1 %", "%"),
+    "identity_similarity": ("identity similarity", ""), "psnr_gain": ("PSNR above the mean face", "±dB"),
+    "psnr": ("PSNR", "dB"), "ssim": ("SSIM", ""), "label_accuracy": ("labels found", "%"),
+    "embedding_cosine": ("embedding cosine", ""), "tpr@fpr=0.01": ("TPR at FPR 1 %", "%"),
+    "epsilon_lower_bound": ("ε, lower bound", ""), "eer": ("EER", "%"), "tar@far=0.1": ("TAR at FAR 0.1", "%"),
+    "tar@far=0.01": ("TAR at FAR 0.01", "%"),
+}  # fmt: skip
+# the one figure an attack is summed up with: the first that it reports
+HEADLINE = (
+    "sar1@fmr=0.01", "sar2@fmr=0.01", "rank1", "psnr_gain", "tpr@fpr=0.01", "label_accuracy", "embedding_cosine",
+    "auc", "epsilon_lower_bound",
+)  # fmt: skip
+UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
+COLUMNS = (
+    "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
+    "n", "chance", "baseline", "refused", "why", "round", "targets", "far", "note",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run, read from its directory.
+
+    about: run.json; config: config.toml, parsed; attacks: entries of ``attack --json`` or of the summary.json files;
+    pictures: originals and reconstructions of an entry, float32 (n, 3, H, W) in [0, 1] in the order of its samples,
+    or None where it has none.
+    """
+
+    path: str
+    about: dict[str, Any]
+    config: dict[str, Any]
+    attacks: Sequence[Entry]
+    pictures: Callable[[Entry], tuple[Tensor, Tensor] | None]
+
+    @property
+    def algorithm(self) -> str:
+        return str(self.about["algorithm"])
+
+    @property
+    def epsilon(self) -> float | None:
+        return (self.about.get("privacy") or {}).get("epsilon")
+
+    @property
+    def defense(self) -> str:
+        return str((self.about.get("defense") or self.config.get("defense") or {}).get("name", "none"))
+
+    @property
+    def seed(self) -> int:
+        return int(self.about.get("seed", 0))
+
+    def utility(self, metric: str, baseline: str | None = None) -> Value | None:
+        source = self.about.get("baselines", {}).get(baseline, {}) if baseline else self.about.get("utility", {})
+        value = source.get(metric)
+        return value if isinstance(value, Mapping) else None
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """Attack entries with every batch size an entry of its own, each once, by seat, attack and batch size."""
+        found: dict[str, Entry] = {}
+        for entry in (e for whole in self.attacks for e in _with_variants(whole)):
+            key = [entry["attack"], entry["threat"], entry.get("round"), entry.get("batch_size"), entry.get("settings")]
+            found.setdefault(json.dumps(key, sort_keys=True), entry)
+        return sorted(found.values(), key=_order)
+
+    def leading(self, attack: str, threat: str) -> Entry | None:
+        """The entry that stands for an attack from a seat: last round, smallest batch, and there what leaks most."""
+        matching = [e for e in self.entries if (e["attack"], e["threat"]) == (attack, threat)]
+        return max(matching, key=_lead, default=None)
+
+
+def _with_variants(entry: Entry) -> Iterator[Entry]:
+    plain = {key: value for key, value in entry.items() if key != "variants"}
+    yield plain
+    for name, changes in (entry.get("variants") or {}).items():
+        key, _, value = name.partition("=")
+        without = {k: v for k, v in plain.items() if k != "folder"}  # the pictures there are the leading entry's
+        yield {**without, **changes, key: int(value) if value.isdigit() else value}
+
+
+def _order(entry: Entry) -> tuple[Any, ...]:
+    seat = SEATS.index(entry["threat"]) if entry["threat"] in SEATS else len(SEATS)
+    return seat, entry["threat"], entry["attack"], entry.get("round") or 0, entry.get("batch_size") or 0
+
+
+def _lead(entry: Entry) -> tuple[Any, ...]:
+    name = headline_metric(entry)
+    value = entry["metrics"][name].get("value") if name else None
+    return entry.get("round") or 0, -(entry.get("batch_size") or 0), value is not None, value or 0.0
+
+
+def headline_metric(entry: Entry) -> str | None:
+    """The metric an attack is summed up with; None where it reports none."""
+    names = [n for n in (*HEADLINE, *entry["metrics"]) if n in entry["metrics"]]
+    return names[0] if names else None
+
+
+def beats_chance(value: Value | None) -> bool:
+    """Whether the whole interval lies above chance."""
+    if not value or value.get("value") is None or value.get("low") is None or value.get("chance") is None:
+        return False
+    return bool(value["low"] > value["chance"])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs of one configuration that differ in their seeds only."""
+
+    label: str
+    runs: tuple[RunResult, ...]
+
+    @property
+    def first(self) -> RunResult:
+        return self.runs[0]
+
+    @property
+    def algorithm(self) -> str:
+        return self.first.algorithm
+
+    @property
+    def epsilon(self) -> float | None:
+        return self.first.epsilon
+
+    @property
+    def defense(self) -> str:
+        return self.first.defense
+
+    def utility(self, metric: str, baseline: str | None = None) -> Spread:
+        return Spread.of([run.utility(metric, baseline) for run in self.runs])
+
+    def attack(self, attack: str, threat: str, metric: str) -> Spread:
+        entries = [run.leading(attack, threat) for run in self.runs]
+        return Spread.of([e["metrics"].get(metric) if e and not e.get("refused") else None for e in entries])
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A measured value over seeds: the mean of their values; interval, n and chance are those of the first with a value."""
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+    chance: float | None = None
+    why: str | None = None
+    seeds: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[Value | None]) -> Spread:
+        there = [v for v in values if v and v.get("value") is not None]
+        if not there:
+            why = next((v.get("why") for v in values if v), None)
+            return cls(None, why=why)
+        seeds = tuple(float(v["value"]) for v in there)
+        first = there[0]
+        return cls(
+            sum(seeds) / len(seeds),
+            first.get("low"),
+            first.get("high"),
+            first.get("n"),
+            first.get("chance"),
+            None,
+            seeds,
+        )
+
+    def json(self) -> dict[str, Any]:
+        """In the form of a measured value, with each seed's value where there are several."""
+        more: dict[str, Any] = {"seeds": list(self.seeds)} if len(self.seeds) > 1 else {}
+        entry: dict[str, Any] = {
+            "value": self.value,
+            "low": self.low,
+            "high": self.high,
+            "n": self.n,
+            "chance": self.chance,
+        }
+        return {**entry, **({"why": self.why} if self.why else {}), **more}
+
+
+def cells(runs: Sequence[RunResult]) -> list[Cell]:
+    """Runs grouped over seeds: by algorithm, then from no promise to the smallest epsilon."""
+    groups: dict[str, list[RunResult]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_without_seed(run), sort_keys=True, default=str), []).append(run)
+    ordered = sorted((tuple(sorted(g, key=lambda r: r.seed)) for g in groups.values()), key=lambda g: _rank(g[0]))
+    return [Cell(label, group) for label, group in zip(_labels([g[0] for g in ordered]), ordered, strict=True)]
+
+
+def _without_seed(run: RunResult) -> dict[str, Any]:
+    flat = flatten(run.config)
+    return {k: v for k, v in flat.items() if k not in ("seed", "defense.noise_seed")} | {"algorithm": run.algorithm}
+
+
+def _rank(run: RunResult) -> tuple[Any, ...]:
+    names = list(ALGORITHM_NAMES)
+    place = names.index(run.algorithm) if run.algorithm in names else len(names)
+    return place, run.epsilon is not None, -(run.epsilon or 0.0), run.defense != "none", run.defense
+
+
+def _labels(firsts: Sequence[RunResult]) -> list[str]:
+    """A short name for each cell, with the settings that tell apart what would be named alike."""
+    plain = [f"{algorithm_name(r.algorithm)}, {defense_text(r)}" for r in firsts]
+    out = []
+    for name, run in zip(plain, firsts, strict=True):
+        alike = [flatten(r.config) for n, r in zip(plain, firsts, strict=True) if n == name]
+        own = flatten(run.config)
+        differing = [k for k in own if k != "seed" and any(other.get(k) != own[k] for other in alike)]
+        out.append(", ".join([name, *(f"{k} = {own[k]}" for k in differing)]))
+    return out
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def algorithm_name(name: str) -> str:
+    return ALGORITHM_NAMES.get(name, name)
+
+
+def defense_text(run: RunResult) -> str:
+    if run.epsilon is None:
+        return "no defense" if run.defense == "none" else f"{run.defense} (no ε)"
+    return (
+        f"ε = {epsilon_text(run.epsilon)}"
+        if run.defense == "dp-sgd"
+        else f"{run.defense}, ε = {epsilon_text(run.epsilon)}"
+    )
+
+
+def epsilon_text(epsilon: float) -> str:
+    """Three figures, without an exponent."""
+    return f"{epsilon:.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
+
+
+def gate_entries(runs: Sequence[RunResult]) -> list[Entry]:
+    """Everything a gate can judge: attack entries, and each run's utility as an entry named "utility"."""
+    out: list[Entry] = []
+    for run in runs:
+        measured = {k: v for k, v in run.about.get("utility", {}).items() if isinstance(v, Mapping)}
+        out.append({"attack": "utility", "threat": None, "run": run.path, "refused": None, "metrics": measured})
+        out += [{**entry, "run": run.path} for entry in run.entries]
+    return out
+
+
+def table(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """One row per run, seat, attack and metric, utility and baselines included; keys are `COLUMNS`."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        about = {"run": run.path, **{key: getattr(run, key) for key in ("algorithm", "defense", "epsilon", "seed")}}
+        rows += _rows({**about, "attack": "utility"}, run.about.get("utility", {}), run.about.get("baselines", {}))
+        for entry in run.entries:
+            keys = ("threat", "attack", "batch_size", "round", "targets", "refused")
+            head = {**about, **{key: entry.get(key) for key in keys}}
+            if entry.get("refused"):
+                rows.append(head)
+            rows += _rows(head, entry["metrics"], entry.get("baselines", {}))
+    return [{column: row.get(column) for column in COLUMNS} for row in rows]
+
+
+def _rows(
+    head: Mapping[str, Any], metrics: Mapping[str, Any], baselines: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    for baseline, measured in ((None, metrics), *baselines.items()):
+        for metric, value in measured.items():
+            if isinstance(value, Mapping):
+                yield {**value, **head, "baseline": baseline, "metric": metric}

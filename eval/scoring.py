@@ -1,0 +1,168 @@
+"""A reconstruction against the truth: metrics, with the baselines that every number stands beside.
+
+Which entries are compared with which photos follows from the protocol alone (the update an entry came from); within a
+batch one Hungarian assignment on the mean squared error serves all image metrics. Nothing here reaches an attack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.fidelity import align, fidelity_summary, psnr, ssim
+from eval.recognition import identification
+from eval.statistics import Measured, bootstrap_mean, bootstrap_median, rate
+from fedgc.types import Reconstruction, Truth
+
+Metrics = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """metrics and baselines as the contract's JSON; samples: one row a target; pictures: originals, then what was found."""
+
+    metrics: Metrics
+    baselines: Mapping[str, Metrics]
+    samples: list[dict[str, Any]]
+    pictures: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Photos behind one target, and the entries that an attack returned for it."""
+
+    source: int
+    photos: Tensor
+    labels: Tensor
+    images: Tensor | None
+    found: Tensor | None
+
+
+def batches(reconstruction: Reconstruction, truth: Truth, seat: int | None) -> list[Batch]:
+    """Pair entries with photos. seat: the client in whose seat the attacker sits; it knows its own photos."""
+    out = []
+    source = torch.tensor(reconstruction.sources)
+    for target in dict.fromkeys(reconstruction.sources):
+        behind = [i for i, k in enumerate(truth.clients) if k == target or (target == -1 and k != seat)]
+        mine = source == target
+        pick = lambda x, mine=mine: None if x is None else x[mine]  # noqa: E731
+        out.append(
+            Batch(
+                target,
+                truth.images[behind].flatten(0, 1),
+                truth.labels[behind].flatten(),
+                pick(reconstruction.images),
+                pick(reconstruction.labels),
+            )
+        )
+    return out
+
+
+def score_labels(
+    groups: Sequence[Batch], classes: int, rng: np.random.Generator
+) -> tuple[Metrics, Mapping[str, Metrics]]:
+    """label_accuracy: share of photos whose label was named, a batch's labels counted as a multiset; chance: guessing."""
+    hits = np.concatenate([named(g.found, g.labels) for g in groups if g.found is not None])
+    people = torch.cat([g.labels for g in groups]).numpy()
+    guess = lambda n: torch.from_numpy(rng.integers(0, classes, n))  # noqa: E731
+    guessed = np.concatenate([named(guess(len(g.labels)), g.labels) for g in groups for _ in range(200)])
+    chance = round(float(guessed.mean()), 6)
+    found = rate(hits, people, chance=chance, rng=rng)
+    baseline = Measured(chance, chance, chance, len(guessed))
+    return {"label_accuracy": found.to_json()}, {"random-labels": {"label_accuracy": baseline.to_json()}}
+
+
+def named(found: Tensor, labels: Tensor) -> np.ndarray:
+    """(B,) whether each photo's label is among the labels found, each of which counts once."""
+    left = found.tolist()
+    hits = []
+    for label in labels.tolist():
+        hits.append(label in left)
+        if hits[-1]:
+            left.remove(label)
+    return np.array(hits)
+
+
+def score_images(groups: Sequence[Batch], auxiliary: Tensor, rng: np.random.Generator) -> Scores:
+    """psnr, ssim and psnr_gain (dB above the auxiliary faces' mean, paired by victim), beside faces that saw no update.
+
+    The nearest auxiliary face is chosen with the original in hand: an oracle, the best that owning strangers' photos could do.
+    """
+    originals, people = torch.cat([g.photos for g in groups]), torch.cat([g.labels for g in groups]).numpy()
+    aligned = [align(g.images, g.photos) for g in groups if g.images is not None]
+    found, missing = torch.cat([a for a, _ in aligned]), sum(m for _, m in aligned)
+    mean = auxiliary.mean(dim=0, keepdim=True).expand_as(originals)
+    noise = torch.from_numpy(rng.random(originals.shape, dtype=np.float32))
+    rivals = {"mean-face": mean, "nearest-auxiliary-face": _nearest(originals, auxiliary), "noise": noise}
+    own = psnr(found, originals).numpy()
+    gain = own - psnr(mean, originals).numpy()
+    metrics = {
+        k: m.to_json() for k, m in fidelity_summary(own, ssim(found, originals).numpy(), people, rng=rng).items()
+    }
+    metrics["psnr_gain"] = replace(bootstrap_median(gain, people, rng=rng), chance=0.0).to_json()
+    baselines = {
+        name: {k: m.to_json() for k, m in fidelity_summary(
+            psnr(x, originals).numpy(), ssim(x, originals).numpy(), people, rng=rng).items()}
+        for name, x in rivals.items()
+    }  # fmt: skip
+    similarity = ssim(found, originals).tolist()
+    samples = [
+        {"target": i, "class": int(c), "psnr": _finite(p), "ssim": round(s, 5), "psnr_gain": _finite(g)}
+        for i, (c, p, s, g) in enumerate(zip(people, own, similarity, gain, strict=True))
+    ]
+    if missing:
+        metrics["psnr"]["note"] = f"{missing} reconstructions are missing and count as grey"
+    return Scores(metrics, baselines, samples, (originals, found))
+
+
+def _nearest(originals: Tensor, auxiliary: Tensor) -> Tensor:
+    distance = torch.cdist(originals.flatten(1), auxiliary.flatten(1))
+    return auxiliary[distance.argmin(dim=1)]
+
+
+def _finite(value: float) -> float | None:
+    return round(float(value), 4) if np.isfinite(value) else None
+
+
+def score_linkage(reconstruction: Reconstruction, mates: Mapping[int, int], rng: np.random.Generator) -> Scores:
+    """rank1, rank5 and auc of class embeddings against a gallery; mates: gallery number of each class.
+
+    Classes without a held-out photo have no mate and are left out. Baseline: random embeddings in place of the stolen ones.
+    """
+    scores = reconstruction.scores
+    assert scores is not None
+    rows = [i for i, c in enumerate(reconstruction.sources) if c in mates]
+    truth = np.array([mates[reconstruction.sources[i]] for i in rows])
+    size = scores.shape[1]
+    metrics = _linkage(scores[rows], truth, rng)
+    noise = torch.from_numpy(rng.standard_normal((len(rows), size)).astype(np.float32))
+    baselines = {"random-embedding": _linkage(noise, truth, rng)}
+    ranks = ranks_of(scores[rows], truth)
+    samples = [
+        {"target": n, "class": reconstruction.sources[i], "rank": int(r), "gallery": size}
+        for n, (i, r) in enumerate(zip(rows, ranks, strict=True))
+    ]
+    return Scores(metrics, baselines, samples)
+
+
+def ranks_of(scores: Tensor, truth: np.ndarray) -> np.ndarray:
+    """Rank of the true person by similarity, ties broken against the attacker."""
+    s = scores.numpy()
+    return (s >= s[np.arange(len(truth)), truth][:, None]).sum(axis=1)
+
+
+def _linkage(scores: Tensor, truth: np.ndarray, rng: np.random.Generator) -> Metrics:
+    found = identification(ranks_of(scores, truth), scores.shape[1], rng=rng)
+    s = scores.numpy()
+    own = s[np.arange(len(truth)), truth]
+    mated = np.zeros(s.shape, dtype=bool)
+    mated[np.arange(len(truth)), truth] = True
+    others = s[~mated].reshape(len(truth), -1)
+    wins = (own[:, None] > others).mean(axis=1) + 0.5 * (own[:, None] == others).mean(axis=1)
+    found["auc"] = replace(bootstrap_mean(wins, rng=rng), chance=0.5)
+    return {name: m.to_json() for name, m in found.items()}

@@ -1,0 +1,109 @@
+"""Words and number formats of the report: what each grant, attack, baseline and assumption is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eval.results import Spread
+
+NO_GUARANTEE = "a failed attack is not a guarantee"
+MINUS = "\N{MINUS SIGN}"
+THIN = "\N{NARROW NO-BREAK SPACE}"
+
+GRANTS = {
+    "public-constants": "The public constants of training: network, learning rates, batch size, the defense's parameters",
+    "global-model": "The shared backbone after aggregation",
+    "client-updates": "Every client's own update, before aggregation",
+    "aggregate": "The mean update of all other clients (the change of the shared model, less one's own share)",
+    "class-embeddings": "Class embeddings of other parties' people",
+    "own-class-embeddings": "Class embeddings of one's own people, as the server returns them",
+    "correction": "The server's correction of one's own class embeddings",
+    "auxiliary-faces": "Photos of strangers, owned by the attacker, from no training person",
+    "gallery": "Other photos of candidate people, the trained ones among them, owned by the attacker",
+}
+ATTACKS = {
+    "label-inference": "Which classes the photos behind an update belong to, read from the head's gradient.",
+    "gradient-inversion": "Photos from the update of one optimiser step, by matching its gradient. The figure that counts is the "
+    "gain in PSNR over the mean of the attacker's own faces, which needs no update at all.",
+    "identity-linkage": "Which person of a gallery a class embedding belongs to.",
+    "feature-inversion": "Features, and photos from them, out of an update.",
+    "embedding-recovery": "Class embeddings out of updates in which they were not sent.",
+    "template-inversion": "Photos from class embeddings.",
+    "correction-probe": "What the server's correction of one's own rows tells about other clients' people.",
+    "membership-inference": "Whether a photo or a person was trained on.",
+    "candidate-match": "Whether an update was made from one of the candidate photos.",
+}
+SHORT = {  # metrics where space is short, after their value
+    "rank1": "of people named", "psnr_gain": "over the mean face", "label_accuracy": "of labels found", "auc": "AUC",
+    "sar1@fmr=0.01": "accepted as the photo", "sar2@fmr=0.01": "accepted as the person",
+}  # fmt: skip
+BASELINES = {
+    "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
+    "random-labels": "random labels", "random-embedding": "random embedding",
+}  # fmt: skip
+LEDGER = (
+    (
+        "Labels",
+        "Never given. Image attacks use labels inferred from the same update, and right and wrong inferences both count.",
+    ),
+    (
+        "Single steps",
+        "Photos are attacked through one recorded optimiser step on few photos, from the parameters of that round. That is the "
+        "worst case for a photo: the update of a whole round adds up many steps and is harder to read.",
+    ),
+    (
+        "Batch size",
+        "Shown in each row. The figure an attack is summed up with is that of its smallest batch. From a client's seat "
+        "the photos of all other clients are mixed into one aggregate.",
+    ),
+    (
+        "Auxiliary faces",
+        "Every attacker owns photos of people who were not trained on; priors and baselines are built from them.",
+    ),
+    (
+        "Gallery",
+        "For re-identification every attacker owns other photos of candidates; chance is one over their number.",
+    ),
+    (
+        "Not DP-aware",
+        "No attack models the noise of a defense. An attacker who does may find more, so that small leakage under "
+        "noise is a lower bound only.",
+    ),
+    (
+        "Behaviour",
+        "Honest but curious: the protocol is followed and what arrives is read. Seats that manipulate are named so.",
+    ),
+)
+LIMITS = (
+    f"{NO_GUARANTEE.capitalize()}. Each figure is a lower bound on what leaks: what one attack found, with one setting and one "
+    "budget. An ε is an upper bound, from a proof. The two are never merged.",
+    "Below 100 targets no sentence here says that something does not leak: 0 successes in 20 still allow 13.9 % (one-sided, "
+    "95 %), 0 in 100 still allow 3.0 %.",
+    "Intervals resample people or victims, not training runs. Where a configuration has several seeds, its value is their mean "
+    "and its interval that of the first.",
+    "PSNR and SSIM measure pixels, not whether a person can be recognised.",
+    "Attacks that are not listed were not run; malicious servers, malicious clients and collusion are outside these figures "
+    "unless a row names them.",
+    "Operating points marked “not supported” have too few pairs of people for their false accept rate.",
+)
+
+
+def number(value: float, unit: str) -> str:
+    """A value in the unit of its metric: "%" from a share, "dB", "±dB" signed, or "" for three decimals."""
+    if unit == "%":
+        return f"{100 * value:.0f}{THIN}%" if value in (0, 1) else f"{100 * value:.1f}{THIN}%"
+    if unit.endswith("dB"):
+        text = f"{round(value, 1) + 0.0:{'+' if unit == '±dB' else ''}.1f}"
+        return f"{text}{THIN}dB".replace("-", MINUS)
+    return f"{value:.3f}".replace("-", MINUS)
+
+
+def interval(value: Mapping[str, Any] | Spread, unit: str) -> str:
+    """ "[low, high]" in the unit of the value, or "" where there is none."""
+    low, high = (value.low, value.high) if isinstance(value, Spread) else (value.get("low"), value.get("high"))
+    if low is None:
+        return ""
+    scale, digits = (100, 1) if unit == "%" else (1, 1) if unit.endswith("dB") else (1, 3)
+    ends = ["no upper end" if end is None else f"{round(scale * end, digits) + 0.0:.{digits}f}" for end in (low, high)]
+    return f"[{ends[0]}, {ends[1]}]".replace("-", MINUS)

@@ -1,0 +1,290 @@
+"""The command line: parse, call the pipeline, print. Data goes to stdout, everything else to stderr.
+
+Heavy libraries are imported inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedgc import __version__
+from fedgc.errors import FedgcError, UsageError
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+set_option = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting; repeatable."
+)
+
+
+class StopSignalError(Exception):
+    """SIGINT or SIGTERM, with the exit code that goes with it."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedgc-priv")
+@click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
+def cli(verbose: bool) -> None:
+    """Train face recognisers across parties that keep their photos, and measure what leaks, to whom, and what
+    protection costs."""
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True)
+@json_option
+def demo(out: Path, as_json: bool) -> None:
+    """The whole story on built-in synthetic faces: train, attack, defend, report."""
+    from fedgc.pipeline.demo import run_demo
+
+    with watching(as_json) as watch:
+        summary = run_demo(out, watch)
+    show(as_json, summary, lambda ui: ui.report_table(summary))
+    if not as_json:
+        click.echo(summary["report"])
+
+
+@cli.group()
+def data() -> None:
+    """Look at folders of faces."""
+
+
+@data.command("list")
+@json_option
+def data_list(as_json: bool) -> None:
+    """The kinds of face data that --data understands."""
+    from fedgc.pipeline.listing import listing
+
+    show(as_json, listing("datasets"), lambda ui: ui.listing_table("datasets", listing("datasets")))
+
+
+@data.command("inspect")
+@click.argument("path")
+@json_option
+def data_inspect(path: str, as_json: bool) -> None:
+    """What is in a folder of faces, and what is wrong with it."""
+    from fedgc.data.inspection import inspect
+
+    with watching(as_json) as watch:
+        found = inspect(path, progress=lambda done, total: watch("looking", done, total))
+    show(as_json, found, lambda ui: ui.inspection(found))
+
+
+@cli.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--data", "source", help="synthetic, synthetic:PEOPLExPHOTOS, or a folder with one sub-folder a person.")
+@click.option("--algorithm", help="centralized, fedavg, fedpe or fedgc.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Run directory. [default: runs/<algorithm>-<defense>-<hash>]"
+)
+@click.option("--seed", type=int)
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]))
+@set_option
+@click.option("--resume", is_flag=True, help="Go on with an unfinished run.")
+@click.option("--dry-run", is_flag=True, help="Check and print the resolved configuration, train nothing.")
+@json_option
+def train(
+    config: Path | None, source: str | None, algorithm: str | None, out: Path | None, seed: int | None,
+    device: str | None, settings: Sequence[str], resume: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Train a federation and record what crossed the wire.
+
+    Settings come from CONFIG (TOML), the environment (FEDGC_PRIV_SECTION_KEY), --set and flags, in rising order.
+    A finished run of the same configuration is found, not repeated.
+    """
+    from fedgc.config import load_config
+    from fedgc.pipeline.training import train as run_training
+
+    flags = {"data.source": source, "federation.algorithm": algorithm, "seed": seed, "device": device}
+    given = config or settings or any(value is not None for value in flags.values())
+    if resume and out is not None and not given:
+        chosen = None
+    else:
+        chosen = load_config(config, environment=os.environ, settings=settings, flags=flags)
+    if dry_run:
+        if chosen is None:
+            raise UsageError("--dry-run has nothing to resolve beside --resume --out: leave one of them out")
+        show(as_json, chosen.model_dump(mode="json"), lambda ui: ui.text(chosen.to_toml()))
+        return
+    if out is None:
+        if chosen is None or (resume and not given):
+            raise UsageError("--resume needs --out RUN: the run to go on with")
+        out = Path("runs") / f"{chosen.federation.algorithm}-{chosen.defense.name}-{chosen.digest()}"
+    try:
+        with watching(as_json) as watch:
+            result = run_training(chosen, out, resume=resume, watch=watch)
+    except StopSignalError as stop:
+        click.echo(f"stopped; go on with: fedgc-priv train --out {out} --resume", err=True)
+        sys.exit(stop.code)
+    name_skipped(result)
+    show(as_json, result, lambda ui: ui.training(result))
+
+
+def name_skipped(result: Mapping[str, Any], most: int = 5) -> None:
+    """Files that could not be used, on stderr: they are no reason to stop, and none to be silent."""
+    if result["skipped"]:
+        named = "; ".join(f"{s['path']} ({s['reason']})" for s in result["skipped_files"][:most])
+        more = f", and {result['skipped'] - most} more" if result["skipped"] > most else ""
+        click.echo(
+            f"skipped {result['skipped']} files: {named}{more}. `fedgc-priv data inspect` shows them all", err=True
+        )
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", "source", help="Measure on the people of another source, none of whom were trained on.")
+@json_option
+def evaluate(run: Path, source: str | None, as_json: bool) -> None:
+    """Measure the utility of a finished run on people it was not trained on."""
+    from fedgc.pipeline.evaluation import evaluate as run_evaluation
+
+    with watching(as_json) as watch:
+        result = run_evaluation(run, source, watch)
+    show(as_json, result, lambda ui: ui.training(result))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("-a", "--attack", "attacks", multiple=True, help="An attack; repeatable. [default: all]")
+@click.option("-t", "--threat", "threats", multiple=True, help="A seat; repeatable. [default: all]")
+@click.option("--targets", type=click.IntRange(min=1), help="Photos to attack. [default: 8]")
+@click.option("--round", "which", default="last", show_default=True, help="A recorded round: last, all, or its number.")
+@set_option
+@click.option("--force", is_flag=True, help="Attack again where a result exists.")
+@json_option
+def attack(
+    run: Path, attacks: Sequence[str], threats: Sequence[str], targets: int | None, which: str,
+    settings: Sequence[str], force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Attack what each seat saw of a finished RUN (or of a bare checkpoint file: the seat is then outsider).
+
+    --set takes an attack's own settings, for example gradient-inversion.iterations=100.
+    """
+    from fedgc.pipeline.attacking import attack as run_attacks
+
+    with watching(as_json) as watch:
+        entries = run_attacks(
+            run, attacks, threats, targets=targets, round=which, settings=settings, force=force, watch=watch
+        )
+    show(as_json, entries, lambda ui: ui.attacks(entries))
+
+
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--over", multiple=True, metavar="KEY=V1,V2,...", help="One axis of the grid; repeatable.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat each cell with so many seeds."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/sweep"), show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with an unfinished sweep.")
+@json_option
+def sweep(config: Path, over: Sequence[str], seeds: int, out: Path, resume: bool, as_json: bool) -> None:
+    """Train and attack every cell of a grid, several at a time, and report them together."""
+    from fedgc.pipeline.sweeping import cells, run_sweep
+
+    with watching(as_json) as watch:
+        summary = run_sweep(cells(config, over, seeds, os.environ), out, resume=resume, watch=watch)
+    show(as_json, summary, lambda ui: ui.report_table(summary))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default=Path("report"), show_default=True)
+@click.option("--no-originals", is_flag=True, help="Leave every private photo and its reconstruction out.")
+@click.option(
+    "--fail-if",
+    "gates",
+    multiple=True,
+    metavar="EXPR",
+    help="Exit 4 if true, e.g. 'identity-linkage@client.rank1 > 0.05'.",
+)
+@json_option
+def report(runs: Sequence[Path], out: Path, no_originals: bool, gates: Sequence[str], as_json: bool) -> None:
+    """One page, and its numbers as CSV, JSON and figures, from runs or folders of runs."""
+    from fedgc.pipeline.reporting import check_gates
+    from fedgc.pipeline.reporting import report as write_report
+
+    summary = write_report(runs, out, originals=not no_originals)
+    show(as_json, summary, lambda ui: ui.report_table(summary))
+    if not as_json:
+        click.echo(summary["report"])
+    check_gates(runs, gates)
+
+
+KINDS = ("attacks", "defenses", "threats", "algorithms", "models", "datasets")
+
+
+@cli.command("list")
+@click.argument("kind", type=click.Choice(KINDS))
+@json_option
+def list_command(kind: str, as_json: bool) -> None:
+    """What can be chosen from."""
+    from fedgc.pipeline.listing import listing
+
+    show(as_json, listing(kind), lambda ui: ui.listing_table(kind, listing(kind)))
+
+
+def watching(as_json: bool) -> Any:
+    """Progress on stderr: bars on a terminal, a line now and then elsewhere."""
+    from fedgc.terminal import progress
+
+    return progress()
+
+
+def show(as_json: bool, document: Any, draw: Callable[[Any], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(document, indent=1, allow_nan=False))
+        return
+    from fedgc import terminal
+
+    draw(terminal)
+
+
+def _interrupt(number: int, _frame: Any) -> None:
+    raise StopSignalError(128 + number)
+
+
+def main() -> None:
+    """Entry point: every error that a user can act on is one line and an exit code."""
+    # spinning threads make two processes on two cores many times slower than sleeping ones
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    verbose = "-v" in sys.argv[1:2] or "--verbose" in sys.argv[1:2]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except StopSignalError as stop:
+        click.echo("stopped", err=True)
+        sys.exit(stop.code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except FedgcError as error:
+        if verbose:
+            raise
+        click.echo(f"fedgc-priv: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if verbose:
+            raise
+        click.echo(f"fedgc-priv: {type(error).__name__}: {error} (run `fedgc-priv -v ...` for the traceback)", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""One typed configuration. Its resolved form is written beside every result and repeats it.
+
+Precedence: default < file < environment (FEDGC_PRIV_SECTION_KEY) < --set < flag.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from defenses.registry import AnyDefense
+from fedgc.errors import UsageError
+from fedgc.federation import Schedule
+from fedgc.types import ModelSpec
+
+ENVIRONMENT = "FEDGC_PRIV_"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Data(Section):
+    """Where faces come from. min_images: fewest photos of a person who is trained on; held_out: photos of each of
+    them kept for galleries; center_fraction: how much of the shorter side `align = center` keeps."""
+
+    source: str = "synthetic"
+    image_size: int = Field(default=48, ge=32, le=256)
+    align: Literal["none", "center", "mtcnn"] = "none"
+    center_fraction: float = Field(default=0.52, gt=0.1, le=1)
+    min_images: int = Field(default=6, ge=2)
+    held_out: int = Field(default=3, ge=1)
+    augment: bool = True
+
+
+class Model(Section):
+    backbone: Literal["small", "inception-resnet-v1"] = "small"
+    embedding_size: int = Field(default=128, ge=8, le=4096)
+    norm: Literal["group", "batch"] = "group"
+
+
+class Head(Section):
+    """margin_size: m of CosFace or ArcFace; lr_factor: learning rate of class embeddings over the backbone's."""
+
+    margin: Literal["none", "cosface", "arcface"] = "cosface"
+    margin_size: float = Field(default=0.25, ge=0, le=1)
+    scale: float = Field(default=30.0, gt=0, le=256)
+    lr_factor: float = Field(default=4.0, gt=0)
+
+
+class FederationSection(Section):
+    """lr is the peak of a warmed-up cosine over rounds; participation: share of clients in each round.
+
+    clip_norm bounds the gradient of a batch, for stability and not for privacy: a cosine head's gradient is long at first.
+    """
+
+    algorithm: Literal["centralized", "fedavg", "fedpe", "fedgc"] = "fedgc"
+    clients: int = Field(default=4, ge=1)
+    rounds: int = Field(default=20, ge=1)
+    local_epochs: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    lr: float = Field(default=0.03, gt=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    clip_norm: float | None = Field(default=2.0, gt=0)
+    participation: float = Field(default=1.0, gt=0, le=1)
+
+
+class Correction(Section):
+    """FedGC's server step: weight λ (times the learning rate) and the scale s inside its softmax."""
+
+    weight: float = Field(default=50.0, ge=0)
+    scale: float = Field(default=8.0, gt=0, le=256)
+
+
+class Record(Section):
+    """What is kept for attacks: full rounds, and single steps on `victims` photos at each of `batch_sizes`.
+
+    rounds: "last", "ends" (first and last), "all", or a list. clients: "all", or how many clients' updates are kept.
+    """
+
+    rounds: Literal["last", "ends", "all"] | tuple[int, ...] = "ends"
+    clients: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
+    victims: int = Field(default=8, ge=0)
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 4)
+
+    def at(self, round: int, last: int) -> bool:
+        match self.rounds:
+            case "all":
+                return True
+            case "last":
+                return round == last
+            case "ends":
+                return round in (1, last)
+            case listed:
+                return round in listed
+
+
+class Config(Section):
+    seed: int = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["inprocess"] = "inprocess"
+    data: Data = Data()
+    model: Model = Model()
+    head: Head = Head()
+    federation: FederationSection = FederationSection()
+    correction: Correction = Correction()
+    defense: AnyDefense = Field(default_factory=lambda: get_args(get_args(AnyDefense)[0])[0]())
+    record: Record = Record()
+
+    def spec(self) -> ModelSpec:
+        m, h = self.model, self.head
+        return ModelSpec(m.backbone, m.norm, m.embedding_size, self.data.image_size, h.margin, h.margin_size, h.scale)
+
+    def schedule(self) -> Schedule:
+        f, c = self.federation, self.correction
+        return Schedule(
+            rounds=f.rounds, local_epochs=f.local_epochs, batch_size=f.batch_size, lr=f.lr,
+            head_lr_factor=self.head.lr_factor, momentum=f.momentum, weight_decay=f.weight_decay, clip_norm=f.clip_norm,
+            participation=f.participation, correction_weight=c.weight, correction_scale=c.scale,
+            augment=self.data.augment,
+        )  # fmt: skip
+
+    def to_toml(self) -> str:
+        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+
+    def digest(self) -> str:
+        """Short hash of the resolved configuration: runs that differ in nothing share it."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def load_config(
+    file: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+    settings: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Resolve a configuration; raises UsageError naming the key, its place, and the nearest valid key."""
+    tree = read_toml(file) if file else {}
+    origin = str(file) if file else "the configuration"
+    for name, value in environment_settings(environment or {}).items():
+        put(tree, name, value)
+    for setting in settings:
+        put(tree, *parse_setting(setting))
+    for name, value in (flags or {}).items():
+        if value is not None:
+            put(tree, name, value)
+    return validated(tree, origin)
+
+
+def validated(tree: Mapping[str, Any], origin: str = "the configuration") -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(explain(error, origin, tree)) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; give a TOML file or leave it out for the defaults") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as TOML: {error}") from None
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """'a.b=value' -> ('a.b', value), the value as TOML where it is TOML, else as text."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {setting!r}: write KEY=VALUE, for example --set federation.rounds=10")
+    return key.strip(), parse_value(text.strip())
+
+
+def parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UsageError(f"{key}: {section} is a value, not a section")
+    tree[last] = value
+
+
+def known_keys() -> list[str]:
+    """Every dotted key, those of every defense included."""
+    keys: list[str] = []
+    for name, info in Config.model_fields.items():
+        kinds = get_args(get_args(AnyDefense)[0]) if name == "defense" else (info.annotation,)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += [f"{name}.{inner}" for inner in kind.model_fields]
+            else:
+                keys.append(name)
+    return list(dict.fromkeys(keys))
+
+
+def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    names = {ENVIRONMENT + key.upper().replace(".", "_"): key for key in known_keys()}
+    found = {}
+    for name in sorted(n for n in environment if n.startswith(ENVIRONMENT)):
+        if name not in names:
+            raise UsageError(f"environment variable {name}: no such key{_suggestion(name, names)}")
+        found[names[name]] = parse_value(environment[name])
+    return found
+
+
+def explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    if where[:1] == ["defense"] and len(where) > 2:  # pydantic puts the defense's name into the path
+        where.pop(1)
+    key = ".".join(where)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        defense = tree.get("defense", {})
+        if where[0] == "defense" and isinstance(defense, dict):
+            name = defense.get("name", "none")
+            return f"{origin}: defense '{name}' has no key '{key}'; choose the defense with defense.name{more}"
+        return f"{origin}: unknown key '{key}'{_suggestion(key, known_keys())}{more}"
+    if first["type"] == "union_tag_not_found":
+        return f"{origin}: [defense] needs a name, for example defense.name = dp-sgd{more}"
+    return f"{origin}: {key} = {first['input']!r}: {first['msg']}{more}"
+
+
+def _suggestion(wrong: str, right: Sequence[str] | Mapping[str, str]) -> str:
+    near = difflib.get_close_matches(wrong, list(right), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else "; `fedgc-priv train --help` lists the keys"

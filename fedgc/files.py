@@ -1,0 +1,96 @@
+"""Durable files: whole or absent, never half; owner-only where they hold faces or secrets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from fedgc.errors import RunError, WorkFailedError
+
+PRIVATE = 0o600
+SHARED = 0o644
+
+
+def make_folder(path: Path, private: bool = False) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    if private:
+        path.chmod(0o700)
+    return path
+
+
+def write_bytes(path: Path, data: bytes, mode: int = SHARED) -> None:
+    """Temporary file in the same folder, flush, fsync, replace, fsync of the folder."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, mode)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise WorkFailedError(f"{path} could not be written ({error}); what was there before is unchanged") from error
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str, mode: int = SHARED) -> None:
+    write_bytes(path, text.encode(), mode)
+
+
+def write_json(path: Path, value: Any, mode: int = SHARED) -> None:
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n", mode)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: this is not a complete run directory") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} is damaged ({error}); restore it or train again") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None, mode: int = SHARED) -> str:
+    """Write named tensors with a JSON description; returns the SHA-256 of the file."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = safetensors.torch.save(plain, metadata={"about": json.dumps(about)})
+    write_bytes(path, data, mode)
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Named tensors and their description. Only safetensors is read: such a file cannot carry code."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = (file.metadata() or {}).get("about")
+        return tensors, json.loads(about) if about else None
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run is incomplete, or this is not the file you meant") from None
+    except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise RunError(f"{path} is not a readable safetensors file ({error}); no other format is loaded") from None
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,282 @@
+"""attack: what each seat makes of a finished run. Reads the run, writes into RUN/attacks, changes nothing else."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from attacks.registry import ATTACKS, AnyAttack
+from eval.figures import save_grid
+from eval.scoring import Scores, batches, score_images, score_labels, score_linkage
+from fedgc.algorithms import backbone_part
+from fedgc.config import parse_setting
+from fedgc.errors import RefusedError, RunError, UsageError
+from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from fedgc.pipeline.watch import Watch, silent
+from fedgc.rng import generator, numpy_generator
+from fedgc.runs import RunDirectory
+from fedgc.threats import THREATS, Knowledge, outsider_observation
+from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
+
+SEAT = 0  # the client that is curious
+DEFAULT_TARGETS = 8  # photos: image attacks take minutes, the others do not care
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack from one seat on one set of transcripts that share a round and a batch size."""
+
+    attack: Attack
+    threat: str
+    transcripts: tuple[str, ...]
+    round: int
+    batch_size: int | None
+    targets: int | None
+
+    def folder(self) -> str:
+        about = [self.attack.model_dump(mode="json"), self.threat, self.transcripts, self.targets]
+        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+        return f"{self.attack.name}@{self.threat}-{digest}"
+
+
+def attack(
+    path: Path, attacks: Sequence[str] = (), threats: Sequence[str] = (), *, targets: int | None = None,
+    round: str = "last", settings: Sequence[str] = (), force: bool = False, watch: Watch = silent,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run attacks from seats; returns the document of ``attack --json``, one entry an attack and seat.
+
+    Results that exist are read back unless ``force``. Raises RefusedError when the only combination asked for is refused.
+    """
+    chosen = [make_attack(name, settings) for name in attacks or ATTACKS]
+    if path.is_file():
+        seats = [_known(name, THREATS, "threat") for name in threats or ("outsider",)]
+        return _unless_all_refused([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
+    run = RunDirectory(path)
+    run.finished()
+    seats = [_known(name, THREATS, "threat") for name in threats or THREATS]
+    at = recorded_rounds(run, round)
+    entries = [
+        entry
+        for a in chosen
+        for seat in seats
+        for t in at
+        for entry in _entries(run, a, seat, t, targets, force, watch)
+    ]
+    return _unless_all_refused(entries)
+
+
+def _unless_all_refused(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A refusal is a result among others, and an error where it is all that was asked for."""
+    if len(entries) == 1 and entries[0]["refused"]:
+        raise RefusedError(f"{entries[0]['attack']} from the seat '{entries[0]['threat']}': {entries[0]['refused']}")
+    return entries
+
+
+def _checkpoint_entry(file: Path, attack: Attack, threat: str) -> dict[str, Any]:
+    """A bare checkpoint: all that it holds is in the hands of an outsider, who owns no photos."""
+    tensors, about = read_tensors(file)
+    backbone = backbone_part(tensors)
+    if not backbone:
+        raise UsageError(
+            f"{file} holds no tensor named '{BACKBONE}...': give a checkpoint written by `fedgc-priv train`"
+        )
+    spec = about.get("spec") if isinstance(about, dict) else None
+    if spec is None:
+        raise UsageError(f"{file} does not say which network it is for (no 'spec' in its description)")
+    constants = LocalConstants(ModelSpec(**spec), 0.0, 1.0, 0.0, 0.0, None, 1, None, False)
+    observation = outsider_observation(backbone, tensors.get(HEAD), constants, Knowledge())
+    refused = (
+        attack.refusal(observation)
+        if threat == "outsider"
+        else f"a checkpoint shows what an outsider sees; the seat '{threat}' needs a run directory"
+    )
+    return _entry(
+        file, attack, threat, 0, observation.granted, refused or "an attack on a bare checkpoint needs photos"
+    )
+
+
+def make_attack(name: str, settings: Sequence[str] = ()) -> Attack:
+    """An attack with its defaults and the settings that name it (``gradient-inversion.iterations=100``)."""
+    _known(name, ATTACKS, "attack")
+    fields: dict[str, Any] = {"name": name}
+    for setting in settings:
+        key, value = parse_setting(setting)
+        owner, _, field = key.rpartition(".")
+        _known(owner, ATTACKS, "attack")
+        if field not in ATTACKS[owner].model_fields:
+            known = ", ".join(f for f in ATTACKS[owner].model_fields if f != "name")
+            raise UsageError(f"--set {key}: {owner} has no '{field}'; it has {known or 'nothing to set'}")
+        if owner == name:
+            fields[field] = value
+    try:
+        return TypeAdapter(AnyAttack).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"--set {name}.{first['loc'][-1]} = {first['input']!r}: {first['msg']}") from None
+
+
+def _known(name: str, names: Mapping[str, Any], what: str) -> str:
+    if name not in names:
+        raise UsageError(f"no {what} '{name}': choose from {', '.join(names)}")
+    return name
+
+
+def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
+    recorded = sorted({int(name.split("-")[1]) for name in run.transcripts()})
+    if not recorded:
+        raise RunError(f"{run.path} has no transcript: train again with --set record.rounds=ends")
+    if which == "all":
+        return recorded
+    if which == "last":
+        return recorded[-1:]
+    if not which.isdigit() or int(which) not in recorded:
+        raise UsageError(f"--round {which}: recorded rounds are {', '.join(map(str, recorded))} (or last, all)")
+    return [int(which)]
+
+
+def _entries(
+    run: RunDirectory, attack: Attack, threat: str, t: int, targets: int | None, force: bool, watch: Watch
+) -> list[dict[str, Any]]:
+    """The result of one attack from one seat; for single steps the smallest batch leads, and others are variants."""
+    results = [_result(run, job, force, watch) for job in _jobs(run, attack, threat, t, targets)]
+    if not results:
+        return [
+            _entry(run.path, attack, threat, t, (), f"no single steps were recorded in round {t}: record.victims was 0")
+        ]
+    first, *others = results
+    if others and not first["refused"]:
+        keys = ("targets", "seconds", "refused", "metrics", "baselines", "samples")
+        first = {**first, "variants": {f"batch_size={r['batch_size']}": {k: r[k] for k in keys} for r in others}}
+    return [first]
+
+
+def _jobs(run: RunDirectory, attack: Attack, threat: str, t: int, targets: int | None) -> list[Job]:
+    names = [n for n in run.transcripts() if n.startswith(f"round-{t:04d}")]
+    if attack.target == "round":
+        whole = tuple(n for n in names if "-step-" not in n)
+        return [Job(attack, threat, whole, t, None, targets)]
+    sizes: dict[int, list[str]] = {}
+    for name in names:
+        if "-step-b" in name:
+            sizes.setdefault(int(name.split("-step-b")[1].split("-")[0]), []).append(name)
+    return [Job(attack, threat, tuple(sizes[b]), t, b, targets or DEFAULT_TARGETS) for b in sorted(sizes)]
+
+
+def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str, Any]:
+    folder = run.path / "attacks" / job.folder()
+    if (folder / "summary.json").exists() and not force:
+        return dict(read_json(folder / "summary.json"))
+    started = time.monotonic()
+    about = run.about()
+    auxiliary, gallery = run.load_knowledge()
+    knowledge = Knowledge(auxiliary, gallery)
+    observations, found, left = {}, {}, job.targets
+    for name in job.transcripts:
+        if left is not None and left <= 0:
+            break
+        observation, photos = limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), left)
+        refusal = centralized_refusal(observation) or job.attack.refusal(observation)
+        if refusal:
+            entry = _entry(run.path, job.attack, job.threat, job.round, observation.granted, refusal, job.batch_size)
+            write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
+            return entry
+        draw = generator(about["seed"], "attack", job.attack.name, job.threat, name)
+        stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
+        found[name] = job.attack(observation, draw, partial(watch, stage))
+        observations[name] = observation
+        left = None if left is None else left - photos
+    granted = next(iter(observations.values())).granted
+    scores = _scores(run, job, found, auxiliary)
+    entry = _entry(run.path, job.attack, job.threat, job.round, granted, None, job.batch_size)
+    entry.update(
+        targets=len(scores.samples), seconds=round(time.monotonic() - started, 2), metrics=scores.metrics,
+        baselines=dict(scores.baselines), samples=scores.samples if job.attack.target == "step" else [],
+        failed=sum(r.failed for r in found.values()), iterations=sum(r.iterations for r in found.values()),
+        folder=str(folder.relative_to(run.path)),
+    )  # fmt: skip
+    _save(folder, job, found, scores, entry)
+    return entry
+
+
+def centralized_refusal(observation: Observation) -> str | None:
+    if observation.algorithm == "centralized":
+        return "one party holds every photo: there is no message to attack"
+    return None
+
+
+def limited(observation: Observation, photos: int | None) -> tuple[Observation, int]:
+    """The observation with no more updates than are needed for so many photos, and how many photos that is."""
+    if observation.client_updates is None:
+        return observation, observation.aggregate.images if observation.aggregate else 0
+    kept, count = [], 0
+    for update in observation.client_updates:
+        if photos is not None and count >= photos:
+            break
+        kept.append(update)
+        count += update.images
+    return replace(observation, client_updates=tuple(kept)), count
+
+
+def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], auxiliary: Tensor) -> Scores:
+    rng = numpy_generator(run.about()["seed"], "score", job.folder())
+    if job.attack.target == "round":
+        mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
+        return score_linkage(next(iter(found.values())), mates, rng)
+    seat = SEAT if job.threat == "client" else None
+    groups = [g for name, r in found.items() for g in batches(r, run.load_truth(name), seat)]
+    classes = run.about()["classes"]
+    metrics, baselines = score_labels(groups, classes, rng)
+    if groups[0].images is None:
+        samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in groups]))]
+        return Scores(metrics, baselines, samples)
+    pictures = score_images(groups, auxiliary, rng)
+    return replace(pictures, metrics={**pictures.metrics, **metrics}, baselines={**pictures.baselines, **baselines})
+
+
+def _entry(
+    path: Path, attack: Attack, threat: str, t: int, granted: Sequence[str], refused: str | None,
+    batch_size: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "attack": attack.name, "threat": threat, "run": str(path), "targets": 0, "seconds": 0.0,
+        "granted": list(granted), "refused": refused, "metrics": {}, "baselines": {}, "round": t,
+        "batch_size": batch_size, "settings": attack.model_dump(mode="json"), "samples": [],
+    }  # fmt: skip
+
+
+def _save(
+    folder: Path, job: Job, found: Mapping[str, Reconstruction], scores: Scores, entry: Mapping[str, Any]
+) -> None:
+    """Everything behind a figure, pictures owner-only; summary.json is written last and marks the folder complete."""
+    make_folder(folder, private=True)
+    write_json(folder / "attack.json", {**job.attack.model_dump(mode="json"), "transcripts": job.transcripts})
+    tensors = {
+        f"{name}/{field}": value
+        for name, r in found.items()
+        for field in ("images", "labels", "scores", "loss")
+        if (value := getattr(r, field)) is not None
+    }
+    write_tensors(folder / "reconstructions.safetensors", tensors, None, PRIVATE)
+    if scores.samples:
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(scores.samples[0]))
+        table.writeheader()
+        table.writerows(scores.samples)
+        write_text(folder / "samples.csv", text.getvalue(), PRIVATE)
+    if scores.pictures:
+        originals, images = scores.pictures
+        write_tensors(folder / "pictures.safetensors", {"originals": originals, "found": images}, None, PRIVATE)
+        save_grid(folder / "grid.png", originals, images, scores.samples)
+    write_json(folder / "summary.json", entry, PRIVATE)

@@ -1,0 +1,45 @@
+"""list: what can be chosen from, as rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attacks.registry import ATTACKS
+from defenses.registry import DEFENSES
+from fedgc.algorithms import ALGORITHMS
+from fedgc.models import BACKBONES
+from fedgc.threats import THREATS
+
+
+def listing(kind: str) -> list[dict[str, Any]]:
+    """Rows of {"name": …, …} for attacks, defenses, threats, algorithms, models or datasets."""
+    match kind:
+        case "attacks":
+            return [
+                {
+                    "name": name, "what": a.summary, "reads": "single steps" if a.target == "step" else "whole rounds",
+                    "needs": [" + ".join(sorted(need)) for need in a.needs],
+                    "settings": [f"{f}={i.default}" for f, i in a.model_fields.items() if f != "name"],
+                }
+                for name, a in ATTACKS.items()
+            ]  # fmt: skip
+        case "defenses":
+            return [
+                {"name": n, "what": d.summary, "settings": [f for f in d.model_fields if f != "name"]}
+                for n, d in DEFENSES.items()
+            ]
+        case "threats":
+            return [
+                {"name": t.name, "who": t.position, "behaviour": t.behaviour, "holds at most": sorted(t.grants)}
+                for t in THREATS.values()
+            ]
+        case "algorithms":
+            return [{"name": a.name, "what": a.summary, "class embeddings": a.head} for a in ALGORITHMS.values()]
+        case "models":
+            return [{"name": name, "what": what} for name, (_, what) in BACKBONES.items()]
+        case _:
+            return [
+                {"name": "synthetic", "what": "built-in synthetic faces, 120 people with 12 photos each"},
+                {"name": "synthetic:PEOPLExPHOTOS", "what": "the same, with your numbers"},
+                {"name": "FOLDER", "what": "one sub-folder of photos a person (JPEG, PNG, PPM/PGM, BMP, WebP)"},
+            ]

@@ -1,0 +1,65 @@
+"""report: finished runs and their attacks become a page. Reads results only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.report import RunResult, build
+from torch import Tensor
+
+from eval.gate import failing
+from fedgc.config import read_toml
+from fedgc.errors import GateError, RunError
+from fedgc.files import read_json, read_tensors
+from fedgc.runs import RunDirectory
+
+
+def report(paths: Sequence[Path], out: Path, *, originals: bool = True, commands: Sequence[str] = ()) -> dict[str, Any]:
+    """Write the report folder; returns its summary with the path of the page under "report"."""
+    runs = [load_result(path) for path in find_runs(paths)]
+    summary = build(runs, out, originals=originals, commands=commands)
+    return {**summary, "report": str(out / "report.html")}
+
+
+def check_gates(paths: Sequence[Path], expressions: Sequence[str]) -> None:
+    """Raise GateError naming every ``--fail-if`` expression that is true of these runs."""
+    runs = [load_result(path) for path in find_runs(paths)]
+    entries = [entry for run in runs for entry in [*run.attacks, {"run": run.path, "utility": run.about["utility"]}]]
+    tripped = [message for expression in expressions for message in failing(expression, entries)]
+    if tripped:
+        raise GateError("; ".join(tripped))
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """The runs themselves, and those inside folders of runs (a sweep)."""
+    found = []
+    for path in paths:
+        inside = sorted(p.parent for p in path.glob("*/run.json"))
+        if (path / "run.json").exists() or not inside:
+            RunDirectory(path).about()
+            found.append(path)
+        else:
+            found += inside
+    if not found:
+        raise RunError("no run to report: give run directories, or a folder that holds some")
+    return found
+
+
+def load_result(path: Path) -> RunResult:
+    run = RunDirectory(path)
+    about = run.finished()
+    attacks = [read_json(p) for p in sorted((path / "attacks").glob("*/summary.json"))]
+    return RunResult(str(path), about, read_toml(path / "config.toml"), attacks, pictures_of(path))
+
+
+def pictures_of(path: Path) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor] | None]:
+    def pictures(entry: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        file = path / str(entry.get("folder", "")) / "pictures.safetensors"
+        if not entry.get("folder") or not file.exists():
+            return None
+        tensors, _ = read_tensors(file)
+        return tensors["originals"], tensors["found"]
+
+    return pictures

@@ -1,0 +1,106 @@
+"""From a configuration to everything that training starts from: faces, split, parties and what attackers own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedgc.algorithms import ALGORITHMS
+from fedgc.config import Config
+from fedgc.data.faces import FaceSet, load_faces
+from fedgc.data.splits import Splits, partition, split_identities
+from fedgc.errors import UsageError
+from fedgc.federation import Federation, Party
+from fedgc.pipeline.watch import Watch, silent
+from fedgc.rng import generator
+
+AUXILIARY_PHOTOS = 2000  # enough for a face prior; more only makes runs bigger
+
+
+@dataclass(frozen=True)
+class Setting:
+    """people: the person (index into faces.names) of each class."""
+
+    config: Config
+    faces: FaceSet
+    splits: Splits
+    parties: tuple[Party, ...]
+    people: tuple[int, ...]
+    device: torch.device
+
+
+def prepare(config: Config, watch: Watch = silent) -> Setting:
+    """Load and split the faces and deal the people to clients; everything is a function of the configuration."""
+    device = choose_device(config.device)
+    faces = load_config_faces(config, watch)
+    data = config.data
+    splits = split_identities(faces, min_images=data.min_images, held_out=data.held_out, seed=config.seed)
+    alone = ALGORITHMS[config.federation.algorithm].one_party
+    dealt = partition(splits.train, 1 if alone else config.federation.clients, config.seed)
+    photo_person = faces.labels[splits.train_images]
+    parties: list[Party] = []
+    people: list[int] = []
+    for client, members in enumerate(dealt):
+        first = len(people)
+        index, labels = [], []
+        for offset, person in enumerate(members):
+            mine = splits.train_images[photo_person == person]
+            index.append(mine)
+            labels.append(torch.full((len(mine),), first + offset))
+        people += members
+        photos = faces.images[torch.cat(index)].to(device)
+        classes = tuple(range(first, len(people)))
+        parties.append(Party(client, photos, torch.cat(labels).to(device), classes))
+    return Setting(config, faces, splits, tuple(parties), tuple(people), device)
+
+
+def load_config_faces(config: Config, watch: Watch = silent) -> FaceSet:
+    data = config.data
+    return load_faces(
+        data.source, image_size=data.image_size, align=data.align, seed=config.seed,
+        center_fraction=data.center_fraction, progress=partial(watch, "reading faces"),
+    )  # fmt: skip
+
+
+def federation(setting: Setting, noise_key: int) -> Federation:
+    config = setting.config
+    return Federation(
+        ALGORITHMS[config.federation.algorithm], config.spec(), config.schedule(), setting.parties, config.defense,
+        config.seed, noise_key, setting.device,
+    )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is visible here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def auxiliary_photos(setting: Setting) -> Tensor:
+    """Photos of strangers that every attacker owns: uint8 (N, 3, S, S)."""
+    index = setting.faces.of(setting.splits.auxiliary)
+    order = torch.randperm(len(index), generator=generator(setting.config.seed, "auxiliary"))
+    return setting.faces.images[index[order[:AUXILIARY_PHOTOS]].sort().values]
+
+
+def gallery(setting: Setting) -> tuple[Tensor, Tensor, dict[int, int]]:
+    """Other photos of the trained people among strangers, in an order that says nothing.
+
+    Returns photos uint8 (N, 3, S, S), the gallery number of each, and the (private) gallery number of each class.
+    """
+    faces, splits = setting.faces, setting.splits
+    keep = setting.config.data.held_out
+    photo_person = faces.labels[splits.gallery_images]
+    photos = {p: splits.gallery_images[photo_person == p] for p in splits.train}
+    photos |= {p: faces.of([p])[:keep] for p in splits.auxiliary}
+    present = [p for p, index in photos.items() if len(index)]
+    order = torch.randperm(len(present), generator=generator(setting.config.seed, "gallery")).tolist()
+    number = {present[i]: n for n, i in enumerate(order)}
+    index = torch.cat([photos[p] for p in sorted(present, key=number.__getitem__)])
+    people = torch.tensor([number[int(p)] for p in faces.labels[index]])
+    return faces.images[index], people, {c: number[p] for c, p in enumerate(setting.people) if p in number}

@@ -1,0 +1,194 @@
+"""train: a configuration becomes a finished run directory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.recognition import PairScores
+from fedgc.config import Config, read_toml, validated
+from fedgc.errors import RunError
+from fedgc.federation import Federation, manifest_hash, victims
+from fedgc.pipeline.evaluation import embedding, utility
+from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, prepare
+from fedgc.pipeline.watch import Watch, silent
+from fedgc.runs import RunDirectory, require_new, transcript_name
+from fedgc.types import State, Transcript
+
+NAMED_SKIPS = 1000  # files that could not be used, named in run.json
+QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown after every round
+
+
+def train(
+    config: Config | None,
+    out: Path,
+    *,
+    resume: bool = False,
+    watch: Watch = silent,
+    after_round: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Train and evaluate, or find that it was done; returns the document of ``train --json``.
+
+    A finished run of the same configuration is returned as it is; an unfinished one needs ``resume``; anything else in
+    ``out`` is left alone. ``after_round`` is called when a round is safely on disk.
+    """
+    run = RunDirectory(out)
+    if config is None:
+        run.about()
+        config = validated(read_toml(out / "config.toml"), str(out / "config.toml"))
+    if run.exists and run.about().get("config_digest") == config.digest() and run.about()["status"] == "finished":
+        return document(run)
+    if not (resume and run.exists):
+        require_new(run, config.digest())
+    elif run.about().get("config_digest") != config.digest():
+        raise RunError(f"{out} was trained with another configuration: --resume takes no changed settings")
+    with run.locked():
+        return _train(config, run, watch, after_round or (lambda: None))
+
+
+def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callable[[], None]) -> dict[str, Any]:
+    setting = prepare(config, watch)
+    if not run.exists:
+        _start(setting, run)
+    elif run.about().get("dataset") != setting.faces.fingerprint():
+        raise RunError(f"{config.data.source} no longer holds the faces that {run.path} was trained on")
+    parties = federation(setting, run.noise_key(getattr(config.defense, "noise_seed", None)))
+    run.update(defense=parties.defense.card())
+    state = _rounds(setting, parties, run, watch, after_round)
+    privacy = parties.defense.spent(state.ledger)
+    watch("measuring utility", 0, 1)
+    backbone = parties.backbone
+    untrained = utility(embedding(backbone, parties.initial_state()), setting)
+    trained = utility(embedding(backbone, state), setting)
+    watch("measuring utility", 1, 1)
+    seconds, images = (sum(m[key] for m in run.metrics()) for key in ("seconds", "images"))
+    run.update(
+        status="finished", seconds=round(seconds, 2), images_per_second=round(images / max(seconds, 1e-9), 1),
+        utility=trained, privacy=privacy,
+        baselines={
+            "untrained": untrained,
+            "public-only": {"auc": {"value": None, "low": None, "high": None, "n": 0, "why": "no public pre-training"}},
+        },
+    )  # fmt: skip
+    return document(run)
+
+
+def _start(setting: Setting, run: RunDirectory) -> None:
+    config, faces = setting.config, setting.faces
+    recorded = [
+        v for b in config.record.batch_sizes for v in victims(setting.parties, b, config.record.victims, config.seed)
+    ]
+    run.create(
+        config.to_toml(),
+        {
+            "config_digest": config.digest(), "seed": config.seed, "device": str(setting.device),
+            "algorithm": config.federation.algorithm, "rounds": config.federation.rounds,
+            "clients": len(setting.parties), "classes": len(setting.people),
+            "images": sum(len(p.photos) for p in setting.parties), "source": config.data.source,
+            "dataset": faces.fingerprint(), "skipped": len(faces.skipped),
+            "skipped_files": [{"path": s.path, "reason": s.reason} for s in faces.skipped[:NAMED_SKIPS]],
+            "splits": setting.splits.hashes(faces),
+            "people": {k: len(getattr(setting.splits, k)) for k in ("train", "calibration", "test", "auxiliary")},
+            "victims": manifest_hash(recorded),
+        },
+    )  # fmt: skip
+    photos, people, of_class = gallery(setting)
+    run.save_knowledge(auxiliary_photos(setting), photos, people)
+    names = {c: faces.names[p] for c, p in enumerate(setting.people)}
+    run.save_identities({"class_name": names, "class_gallery": of_class, "splits": setting.splits.to_json()})
+
+
+def _rounds(
+    setting: Setting, parties: Federation, run: RunDirectory, watch: Watch, after_round: Callable[[], None]
+) -> State:
+    """Play what is left of the rounds; each is on disk before the next one starts."""
+    loaded = run.load_state()
+    state = parties.initial_state() if loaded is None else on_device(loaded, setting.device)
+    run.forget_after(state.round)
+    record, rounds = setting.config.record, setting.config.federation.rounds
+    quick = QuickUtility(setting, parties)
+    for t in range(state.round + 1, rounds + 1):
+        clock = time.monotonic()
+        if record.at(t, rounds):
+            _record_steps(setting, parties, state, run)
+        result = parties.play(state)
+        state = result.state
+        run.charge(tuple(c for c in state.ledger if c.round == t))
+        if record.at(t, rounds):
+            run.save_transcript(transcript_name(t), kept(result.transcript, record.clients))
+        privacy = parties.defense.spent(state.ledger, quick=True)
+        metrics = {
+            "round": t, "loss": round(result.loss, 5), "auc": round(quick(state), 5), "images": result.images,
+            "epsilon": privacy["epsilon"] if privacy else None, "seconds": round(time.monotonic() - clock, 3),
+        }  # fmt: skip
+        run.save_round(state, metrics, parties.spec)
+        after_round()
+        watch("training", t, rounds, describe(metrics))
+    return state
+
+
+def _record_steps(setting: Setting, parties: Federation, state: State, run: RunDirectory) -> None:
+    record = setting.config.record
+    for batch in record.batch_sizes:
+        for number, (photos, labels) in enumerate(victims(setting.parties, batch, record.victims, setting.config.seed)):
+            transcript, truth = parties.play_step(state, number, photos, labels)
+            name = transcript_name(state.round + 1, batch, number)
+            run.save_truth(name, truth)
+            run.save_transcript(name, kept(transcript, record.clients))
+
+
+def kept(transcript: Transcript, clients: int | str) -> Transcript:
+    """The transcript with the updates of the first ``clients`` clients only; the messages to them stay."""
+    if clients == "all":
+        return transcript
+    return replace(transcript, updates={k: u for k, u in transcript.updates.items() if k < int(clients)})
+
+
+class QuickUtility:
+    """AUC on a few photos of the calibration people: what progress shows after every round, and no result."""
+
+    def __init__(self, setting: Setting, parties: Federation) -> None:
+        faces = setting.faces
+        index = torch.cat([faces.of([p])[:QUICK_PHOTOS] for p in setting.splits.calibration])
+        self.photos, self.people = faces.images[index], faces.labels[index]
+        self.backbone = copy.deepcopy(parties.backbone)
+
+    def __call__(self, state: State) -> float:
+        pairs = PairScores.from_embeddings(embedding(self.backbone, state)(self.photos), self.people)
+        return float(pairs.curve().auc()[0])
+
+
+def on_device(state: State, device: torch.device) -> State:
+    backbone = {name: tensor.to(device) for name, tensor in state.backbone.items()}
+    return replace(state, backbone=backbone, rows=state.rows.to(device))
+
+
+def describe(metrics: Mapping[str, Any]) -> str:
+    """One round in a few words."""
+    epsilon = metrics["epsilon"]
+    return f"loss {metrics['loss']:.3f}, AUC {metrics['auc']:.3f}" + (
+        f", ε ≤ {epsilon:.2f}" if epsilon is not None else ""
+    )
+
+
+def document(run: RunDirectory) -> dict[str, Any]:
+    """What ``train --json`` and ``evaluate --json`` print."""
+    about = run.finished()
+    keys = (
+        "status",
+        "algorithm",
+        "rounds",
+        "seconds",
+        "images_per_second",
+        "utility",
+        "baselines",
+        "privacy",
+        "skipped",
+    )
+    return {"run": str(run.path), **{key: about[key] for key in keys}, "skipped_files": about["skipped_files"]}

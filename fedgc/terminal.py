@@ -1,0 +1,156 @@
+"""What a person sees: progress with the time left on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedgc.pipeline.watch import Watch
+
+QUIET_SECONDS = 10.0  # between lines where stderr is not a terminal
+
+
+@contextmanager
+def progress() -> Iterator[Watch]:
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (TextColumn("{task.description:<34}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def watch(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(escape(stage), total=max(total, 1), note="")
+            bars.update(tasks[stage], completed=done, total=max(total, 1), note=escape(note))
+
+        yield watch
+
+
+def _lines() -> Watch:
+    """One line when a stage starts to take long, then every few seconds, with the time left."""
+    started: dict[str, float] = {}
+    last = time.monotonic()
+
+    def watch(stage: str, done: int, total: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        since = now - started.setdefault(stage, now)
+        if now - last >= QUIET_SECONDS:
+            last = now
+            left = f", {since / done * (total - done):.0f} s left" if 0 < done < total else ""
+            print(f"{stage} {done}/{total}{left}{', ' + note if note else ''}", file=sys.stderr, flush=True)
+
+    return watch
+
+
+def out() -> Console:
+    return Console(file=sys.stdout, soft_wrap=not sys.stdout.isatty())
+
+
+def text(value: str) -> None:
+    print(value, end="" if value.endswith("\n") else "\n")
+
+
+def measured(entry: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """0.853 [0.84, 0.87], or the reason why there is no number."""
+    if not entry:
+        return "-"
+    if entry.get("value") is None:
+        return f"- ({entry.get('why', 'unsupported')})"
+    value = f"{entry['value']:.{digits}f}"
+    low, high = entry.get("low"), entry.get("high")
+    return value if low is None or high is None else f"{value} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def training(result: Mapping[str, Any]) -> None:
+    console = out()
+    table = Table(title=f"{result['algorithm']}, {result['rounds']} rounds: utility on people never trained on")
+    for heading in ("measure", "trained", "untrained", "chance"):
+        table.add_column(heading)
+    untrained = result["baselines"]["untrained"]
+    for name, entry in result["utility"].items():
+        if isinstance(entry, dict):
+            chance = entry.get("chance")
+            table.add_row(
+                name, measured(entry), measured(untrained.get(name)), "-" if chance is None else f"{chance:.3g}"
+            )
+    console.print(table)
+    u = result["utility"]
+    console.print(
+        f"{u['identities']} people, {u['images']} photos; 95 % intervals by resampling people", highlight=False
+    )
+    privacy = result["privacy"]
+    if privacy:
+        console.print(
+            f"privacy: {privacy['unit']}-level, {privacy['adjacency']}: ε = {privacy['epsilon']:.3f} at δ = {privacy['delta']:g} "
+            f"({privacy['accountant']}), σ = {privacy['noise_multiplier']:.3f}, C = {privacy['max_grad_norm']:g}, "
+            f"{privacy['sampling']} sampling, {privacy['steps']} steps; {privacy['covers']}", highlight=False,
+        )  # fmt: skip
+    else:
+        console.print("privacy: none promised (no differential privacy)", highlight=False)
+    console.print(f"{result['seconds']:.1f} s of training, {result['images_per_second']:.0f} images/s", highlight=False)
+    console.print(f"next: fedgc-priv attack {escape(str(result['run']))}", highlight=False)
+
+
+def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
+    console = out()
+    table = Table(title="what leaks, to whom")
+    for heading in ("attack", "seat", "measure", "result", "chance", "baselines"):
+        table.add_column(heading, overflow="fold")
+    for entry in entries:
+        if entry["refused"]:
+            table.add_row(entry["attack"], entry["threat"], "refused", f"[dim]{escape(entry['refused'])}[/dim]", "", "")
+            continue
+        variants = {"": entry, **{f" ({k})": v for k, v in entry.get("variants", {}).items()}}
+        for suffix, shown in variants.items():
+            for name, m in shown["metrics"].items():
+                values = {label: b.get(name, {}).get("value") for label, b in shown["baselines"].items()}
+                others = ", ".join(f"{label} {value:.3g}" for label, value in values.items() if value is not None)
+                chance = m.get("chance")
+                cell = "" if chance is None else f"{chance:.3g}"
+                table.add_row(entry["attack"], entry["threat"], name + suffix, measured(m), cell, others)
+        table.add_section()
+    console.print(table)
+    console.print("a failed or refused attack is not a guarantee", style="dim")
+
+
+def report_table(summary: Mapping[str, Any]) -> None:
+    console = out()
+    for sentence in summary.get("verdict", ()):
+        console.print(f"• {escape(sentence)}", highlight=False)
+    for failure in summary.get("failed", ()):
+        console.print(f"failed: {escape(str(failure))}", style="red")
+
+
+def listing_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    table = Table(title=kind)
+    for heading in rows[0]:
+        table.add_column(heading, no_wrap=heading == "name", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape("\n".join(map(str, v)) if isinstance(v, list) else str(v)) for v in row.values()))
+    out().print(table)
+
+
+def inspection(found: Mapping[str, Any]) -> None:
+    console = out()
+    console.print(
+        f"{found['people']} people, {found['images']} usable photos in {escape(str(found['source']))}", highlight=False
+    )
+    for key in ("images_per_person", "formats", "sizes", "duplicates", "people_with_one_image", "splits"):
+        if found.get(key):
+            console.print(f"{key.replace('_', ' ')}: {escape(str(found[key]))}", highlight=False)
+    for reason, about in found["skipped"].items():
+        console.print(f"skipped: {escape(str(reason))}: {escape(str(about))}", style="yellow", highlight=False)
+    for line in found["suggestions"]:
+        console.print(f"• {escape(str(line))}", highlight=False)

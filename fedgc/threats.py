@@ -1,0 +1,186 @@
+"""Who attacks, and what reaches them: the only door from a transcript to an attack.
+
+Each seat takes from the transcript exactly the messages that party sends or receives, so that what an algorithm does not
+send cannot be observed, whatever the attack. `Knowledge` is what the attacker owns apart from the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedgc.algorithms import ALGORITHMS, backbone_part
+from fedgc.types import (
+    HEAD,
+    ClassEmbeddings,
+    ClientUpdate,
+    Gallery,
+    LocalConstants,
+    Observation,
+    ObservedUpdate,
+    Tensors,
+    Transcript,
+)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What every attacker is given beside the protocol: photos of strangers (float32 (N, 3, H, W) in [0, 1]) and, for
+    re-identification, photos of candidate people."""
+
+    auxiliary_faces: Tensor | None = None
+    gallery: Gallery | None = None
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A position in the protocol. ``grants`` is the most that it can hold; an algorithm may send it less."""
+
+    name: str
+    position: str
+    behaviour: str
+    grants: frozenset[str]
+    view: Callable[[Transcript, int], Mapping[str, Any]]
+
+    def observe(self, transcript: Transcript, knowledge: Knowledge | None = None, seat: int = 0) -> Observation:
+        """What this adversary holds of one transcript. seat: which client it is, where it is one."""
+        knowledge = knowledge or Knowledge()
+        seen = dict(self.view(transcript, seat))
+        seen.update(auxiliary_faces=knowledge.auxiliary_faces, gallery=knowledge.gallery)
+        observation = Observation(
+            threat=self.name,
+            algorithm=transcript.algorithm,
+            round=transcript.round,
+            kind=transcript.kind,
+            public_constants=transcript.constants,
+            **seen,
+        )
+        beyond = set(observation.granted) - self.grants
+        if beyond:
+            raise AssertionError(f"threat model {self.name} leaks {sorted(beyond)}")
+        return observation
+
+
+def _held(transcript: Transcript, client: int) -> tuple[Tensors, tuple[int, ...]]:
+    """Parameters that a client trained from, as far as they were on the wire, and the classes of the head's rows."""
+    before = {**transcript.broadcast, **transcript.sent.get(client, {})}
+    return before, transcript.rows.get(client, ()) if HEAD in before else ()
+
+
+def _one_update(transcript: Transcript, update: ClientUpdate) -> ObservedUpdate:
+    before, classes = _held(transcript, update.client)
+    return ObservedUpdate((update.client,), before, update.tensors, update.num_examples, classes)
+
+
+def _foreign(transcript: Transcript, weight: Tensor, classes: tuple[int, ...], seat: int) -> ClassEmbeddings | None:
+    theirs = [i for i, c in enumerate(classes) if transcript.owners[c] != seat]
+    return ClassEmbeddings(weight[theirs], tuple(classes[i] for i in theirs)) if theirs else None
+
+
+def _server(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
+    """Every message, before aggregation; the class embeddings are those that the clients just trained."""
+    updates = tuple(_one_update(transcript, u) for u in transcript.updates.values())
+    rows: ClassEmbeddings | None
+    if HEAD in transcript.released:  # everybody's copy was averaged: the server reads the result
+        classes = tuple(range(len(transcript.owners)))
+        rows = ClassEmbeddings(transcript.released[HEAD], classes)
+    else:
+        rows = _stacked({u.clients[0]: u for u in updates})
+    return {
+        "global_model": backbone_part(transcript.released),
+        "client_updates": updates or None,
+        "class_embeddings": rows,
+    }
+
+
+def _stacked(updates: Mapping[int, ObservedUpdate]) -> ClassEmbeddings | None:
+    import torch
+
+    sent = [(u.before[HEAD] + u.delta[HEAD], u.classes) for u in updates.values() if HEAD in u.delta]
+    if not sent:
+        return None
+    return ClassEmbeddings(torch.cat([w for w, _ in sent]), tuple(c for _, classes in sent for c in classes))
+
+
+def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
+    """What one participant receives, and what it knows by having taken part."""
+    view: dict[str, Any] = {"global_model": backbone_part(transcript.released)}
+    if len(transcript.examples) > 1 and (seat in transcript.updates or seat not in transcript.examples):
+        view["aggregate"] = _others(transcript, seat)
+    if HEAD in transcript.released:
+        classes = tuple(range(len(transcript.owners)))
+        weight = transcript.released[HEAD]
+        view["class_embeddings"] = _foreign(transcript, weight, classes, seat)
+        own = [c for c in classes if transcript.owners[c] == seat]
+        view["own_class_embeddings"] = ClassEmbeddings(weight[own], tuple(own))
+    elif seat in transcript.returned:
+        classes = transcript.rows[seat]
+        received = transcript.returned[seat][HEAD]
+        view["own_class_embeddings"] = ClassEmbeddings(received, classes)
+        if ALGORITHMS[transcript.algorithm].corrects and seat in transcript.updates:
+            uploaded = transcript.sent[seat][HEAD] + transcript.updates[seat].tensors[HEAD]
+            view["correction"] = ClassEmbeddings(received - uploaded, classes)
+    return view
+
+
+def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
+    """Everybody else's mean update: the change of the global model less one's own share."""
+    shared = [name for name in transcript.released if name in transcript.broadcast]
+    change = {name: transcript.released[name] - transcript.broadcast[name] for name in shared}
+    others = tuple(k for k in transcript.examples if k != seat)
+    own = transcript.weight(seat)
+    if own:
+        mine = transcript.updates[seat].tensors
+        change = {name: (delta - own * mine[name]) / (1 - own) for name, delta in change.items()}
+    images = sum(transcript.examples[k] for k in others)
+    classes = tuple(range(len(transcript.owners))) if HEAD in transcript.broadcast else ()
+    return ObservedUpdate(others, dict(transcript.broadcast), change, images, classes)
+
+
+def _outsider(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
+    """The released backbone. No algorithm here releases its head, so that all are compared alike."""
+    return {"global_model": backbone_part(transcript.released)}
+
+
+_ALWAYS = frozenset({"public-constants", "global-model", "auxiliary-faces", "gallery"})
+THREATS = {
+    t.name: t
+    for t in (
+        ThreatModel(
+            "server",
+            "the aggregating server",
+            "honest but curious: follows the protocol and reads every message",
+            _ALWAYS | {"client-updates", "class-embeddings"},
+            _server,
+        ),
+        ThreatModel(
+            "client",
+            "another participant",
+            "honest but curious: trains as told and reads what it receives",
+            _ALWAYS | {"aggregate", "class-embeddings", "own-class-embeddings", "correction"},
+            _client,
+        ),
+        ThreatModel(
+            "outsider",
+            "whoever holds the released model",
+            "takes no part in training and reads the released backbone",
+            _ALWAYS,
+            _outsider,
+        ),
+    )
+}
+
+
+def outsider_observation(
+    backbone: Tensors, head: Tensor | None, constants: LocalConstants, knowledge: Knowledge
+) -> Observation:
+    """The seat of somebody who found a checkpoint file: all that the file holds, and nothing else."""
+    rows = None if head is None else ClassEmbeddings(head, tuple(range(len(head))))
+    return Observation(
+        threat="outsider", algorithm="unknown", round=0, kind="round", public_constants=constants,
+        global_model=dict(backbone), class_embeddings=rows,
+        auxiliary_faces=knowledge.auxiliary_faces, gallery=knowledge.gallery,
+    )  # fmt: skip

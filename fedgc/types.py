@@ -1,0 +1,355 @@
+"""The vocabulary that every other module speaks. Nothing here reads or writes anything.
+
+Training produces a `Transcript` (what crossed the wire) and a `Truth` (what did not). A threat model turns a
+transcript into an `Observation`; an attack turns an observation into a `Reconstruction`; only `eval` compares that
+with the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from fedgc.errors import RefusedError
+
+Tensors = Mapping[str, Tensor]
+Progress = Callable[[int, int], None]  # (done, total)
+
+BACKBONE = "backbone."
+HEAD = "head.weight"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that is needed to build the network that a party runs; public."""
+
+    backbone: str
+    norm: Literal["group", "batch"]
+    embedding_size: int
+    image_size: int
+    margin: Literal["none", "cosface", "arcface"]
+    margin_size: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class LocalConstants:
+    """The public constants of local training in one round.
+
+    The head's learning rate is ``lr * head_lr_factor``; the gradient of a whole batch is shortened to ``clip_norm``.
+    ``steps`` is None where clients take different numbers of steps. ``defense`` is the defense card: mechanism and
+    its public parameters, which a strong attacker knows. ``augmented`` says whether training saw transformed photos.
+    """
+
+    spec: ModelSpec
+    lr: float
+    head_lr_factor: float
+    momentum: float
+    weight_decay: float
+    clip_norm: float | None
+    batch_size: int
+    steps: int | None
+    augmented: bool
+    defense: Mapping[str, Any] = field(default_factory=dict)
+
+    def lr_of(self, name: str) -> float:
+        """Learning rate of a named parameter."""
+        return self.lr * (self.head_lr_factor if name == HEAD else 1.0)
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """Everything that one client sent in one round, and only that.
+
+    ``tensors`` are changes (after minus before) keyed by parameter name; ``head.weight`` has one row per class of
+    `Transcript.rows[client]` and is absent where the algorithm keeps it at home.
+    """
+
+    client: int
+    tensors: Tensors
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Everything on the wire in one round.
+
+    kind "round" is a round as trained. Kind "step" is a recorded single step: from the same parameters, every client
+    takes one optimiser step on ``constants.batch_size`` photos, through the same algorithm and defense; it is the worst
+    case for a photo (a client with few photos, or a server that knows the rest of the batch) and never changes the model.
+
+    broadcast   what the server sent to everybody, before local training
+    sent        what it sent to client k alone (its own class embeddings)
+    updates     what each recorded client sent back
+    released    what everybody holds after aggregation
+    returned    what the server sent back to client k alone (its class embeddings, corrected)
+    rows        class of each row of client k's ``head.weight``
+    owners      the client of each class
+    examples    photos of each client that took part; its share of them is its weight in the aggregate
+    """
+
+    algorithm: str
+    round: int
+    kind: Literal["round", "step"]
+    constants: LocalConstants
+    broadcast: Tensors
+    sent: Mapping[int, Tensors]
+    updates: Mapping[int, ClientUpdate]
+    released: Tensors
+    returned: Mapping[int, Tensors]
+    rows: Mapping[int, tuple[int, ...]]
+    owners: tuple[int, ...]
+    examples: Mapping[int, int]
+
+    def weight(self, client: int) -> float:
+        """Aggregation weight of a client; zero where it took no part."""
+        return self.examples.get(client, 0) / sum(self.examples.values())
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Private photos and identities behind a transcript of kind "step". Read by eval, by nobody else.
+
+    images: float32 (K, B, 3, H, W) in [0, 1], labels: int64 (K, B) class of each, clients: the K clients in order.
+    """
+
+    clients: tuple[int, ...]
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Photos of G candidate people that an attacker owns: other photos than those trained on, in an order that says
+    nothing. images: float32 (N, 3, H, W) in [0, 1]; people: int64 (N,) in 0..G-1."""
+
+    images: Tensor
+    people: Tensor
+
+    @property
+    def size(self) -> int:
+        return int(self.people.max()) + 1
+
+
+@dataclass(frozen=True)
+class ObservedUpdate:
+    """An update, or a weighted mean of several, in an adversary's hands.
+
+    before: the parameters it started from, as far as the adversary holds them; delta: the change;
+    images: how many photos are behind it; clients: whose they are; classes: the class of each visible head row.
+    """
+
+    clients: tuple[int, ...]
+    before: Tensors
+    delta: Tensors
+    images: int
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ClassEmbeddings:
+    """Rows of the head that belong to other parties. weight: float32 (C', d); classes: class of each row."""
+
+    weight: Tensor
+    classes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one adversary holds. A grant that was not given is None."""
+
+    threat: str
+    algorithm: str
+    round: int
+    kind: Literal["round", "step"]
+    public_constants: LocalConstants
+    global_model: Tensors | None = None
+    client_updates: tuple[ObservedUpdate, ...] | None = None
+    aggregate: ObservedUpdate | None = None
+    class_embeddings: ClassEmbeddings | None = None
+    own_class_embeddings: ClassEmbeddings | None = None
+    correction: ClassEmbeddings | None = None
+    auxiliary_faces: Tensor | None = None
+    gallery: Gallery | None = None
+
+    @property
+    def granted(self) -> tuple[str, ...]:
+        """Names of the grants, as the command line prints them."""
+        held = (f.name for f in fields(self) if f.name in GRANTS_OF_FIELDS and getattr(self, f.name) is not None)
+        return tuple(sorted(GRANTS_OF_FIELDS[name] for name in held))
+
+
+GRANTS_OF_FIELDS = {
+    name: name.replace("_", "-")
+    for name in (
+        "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
+        "correction", "auxiliary_faces", "gallery",
+    )
+}  # fmt: skip
+GRANTS = tuple(GRANTS_OF_FIELDS.values())
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What an attack returns; fields it does not speak of are None.
+
+    Entry i answers target i: ``sources[i]`` is the client whose update it came from (-1: an aggregate of several) or, for
+    class embeddings, the class. images: float32 (n, 3, H, W); labels: int64 (n,); scores: float32 (n, G) similarity of
+    target i with each person of the gallery. ``loss`` is the attack's own final objective, one number a target.
+    """
+
+    sources: tuple[int, ...]
+    images: Tensor | None = None
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    loss: Tensor | None = None
+    iterations: int = 0
+    failed: int = 0
+
+
+class Named(BaseModel):
+    """Frozen, typed, and its own record: the fields are the hyper-parameters and ``name`` selects the class."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    name: str
+
+    @property
+    def kind(self) -> str:
+        return self.name
+
+
+class Attack(Named):
+    """One published attack, or one of ours. Calling it checks what it needs; a subclass writes only `run`.
+
+    needs: alternatives, each a set of grants of which all must be held. target: the kind of transcript it reads.
+    """
+
+    needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset(),)
+    target: ClassVar[Literal["round", "step"]] = "round"
+    summary: ClassVar[str] = ""
+
+    def refusal(self, observation: Observation) -> str | None:
+        """Why this attack cannot start from this observation, or None. Costs no compute."""
+        held = frozenset(observation.granted)
+        if any(need <= held for need in self.needs):
+            return self.unsuitable(observation)
+        wanted = " or ".join(" + ".join(sorted(need)) for need in self.needs)
+        return (
+            f"needs {wanted}; under {observation.algorithm} the seat '{observation.threat}' "
+            f"holds only {', '.join(sorted(held)) or 'nothing'}"
+        )
+
+    def unsuitable(self, observation: Observation) -> str | None:
+        """A subclass says here what else keeps it from starting."""
+        return None
+
+    @final
+    def __call__(
+        self, observation: Observation, generator: torch.Generator, progress: Progress | None = None
+    ) -> Reconstruction:
+        """Run on one observation. Raises RefusedError before any compute when something needed was not granted."""
+        why = self.refusal(observation)
+        if why:
+            raise RefusedError(f"{self.kind}: {why}")
+        return self.run(observation, generator, progress or (lambda done, total: None))
+
+    def run(self, observation: Observation, generator: torch.Generator, progress: Progress) -> Reconstruction:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ClientPlan:
+    """What a defense must know about one client before training: photos, expected batch size, steps in the whole run."""
+
+    client: int
+    images: int
+    batch_size: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One entry of the privacy ledger: client's steps in a round at one noise multiplier and sample rate."""
+
+    client: int
+    round: int
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the next round needs. rows: (C, d) class embeddings in order of classes."""
+
+    round: int
+    backbone: dict[str, Tensor]
+    rows: Tensor
+    ledger: tuple[Charge, ...] = ()
+
+
+@dataclass
+class LocalSession:
+    """What local training runs with: the optimiser to step, the batches (photo indices) to step on, and whether the
+    optimiser bounds gradients itself."""
+
+    optimizer: Any
+    batches: Iterator[Tensor]
+    bounded: bool = False
+
+
+class Defense(Named):
+    """What changes an update before somebody sees it. Every door is a no-op here.
+
+    `prepared` is called once before round 0 and returns the defense with all its parameters fixed.
+    """
+
+    summary: ClassVar[str] = ""
+
+    def prepared(self, clients: Sequence[ClientPlan]) -> Defense:
+        return self
+
+    def check_module(self, module: torch.nn.Module) -> None:
+        """Raise UsageError where the network cannot be trained under this defense."""
+
+    def local_training(
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batches: Iterator[Tensor],
+        plan: ClientPlan,
+        sampling: torch.Generator | None,
+        noise: torch.Generator,
+    ) -> AbstractContextManager[LocalSession]:
+        """Around local training: may replace the optimiser and, where ``sampling`` is given, how batches are drawn."""
+        return nullcontext(LocalSession(optimizer, batches))
+
+    def outgoing(self, update: ClientUpdate, noise: torch.Generator) -> ClientUpdate:
+        """On the update that leaves a client."""
+        return update
+
+    def aggregated(self, delta: Tensors, noise: torch.Generator) -> Tensors:
+        """On the aggregate, at the server."""
+        return delta
+
+    def returning(self, client: int, rows: Tensor, noise: torch.Generator) -> Tensor:
+        """On the class embeddings that the server sends back to one client."""
+        return rows
+
+    def charge(self, plan: ClientPlan, round: int, steps: int) -> Charge | None:
+        """What these steps cost; None where the defense makes no promise."""
+        return None
+
+    def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any] | None:
+        """The privacy spent so far, with its unit; None where the defense makes no promise. quick: a looser bound will do."""
+        return None
+
+    def card(self) -> dict[str, Any]:
+        """Public parameters, known to every attacker; a seed of the noise is not one."""
+        return {k: v for k, v in self.model_dump(mode="json", exclude={"noise_seed"}).items() if v is not None}

@@ -1,0 +1,113 @@
+"""Margins by hand, and the derivatives that gradient matching takes through them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedgc.heads import CosineHead, initial_rows, loss, margin_logits
+from fedgc.types import ModelSpec
+
+
+def spec(margin: str, size: float = 0.3, scale: float = 4.0) -> ModelSpec:
+    return ModelSpec("small", "group", 8, 32, margin, size, scale)
+
+
+COSINES = torch.tensor([[0.9, -0.2, 0.1], [0.5, 0.4, -1.0]], dtype=torch.float64)
+LABELS = torch.tensor([0, 2])
+
+
+@pytest.mark.parametrize(
+    ("margin", "first", "second"),
+    [
+        ("none", 0.9, -1.0),
+        ("cosface", 0.9 - 0.3, -1.0 - 0.3),
+        ("arcface", math.cos(math.acos(0.9) + 0.3), -1.0 - 0.3 * math.sin(0.3)),  # the second beyond π - m
+    ],
+)
+def test_logits_by_hand(margin: str, first: float, second: float) -> None:
+    expected = 4.0 * torch.tensor([[first, -0.2, 0.1], [0.5, 0.4, second]], dtype=torch.float64)
+    torch.testing.assert_close(margin_logits(COSINES, LABELS, spec(margin)), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
+def test_loss_is_mean_cross_entropy_by_hand(margin: str) -> None:
+    logits = margin_logits(COSINES, LABELS, spec(margin))
+    by_hand = sum(
+        math.log(sum(math.exp(v) for v in row)) - row[y]
+        for row, y in zip(logits.tolist(), LABELS.tolist(), strict=True)
+    )
+    assert float(loss(COSINES, LABELS, spec(margin))) == pytest.approx(by_hand / 2, rel=1e-12)
+
+
+def target(cosine: torch.Tensor, size: float) -> torch.Tensor:
+    """ArcFace's logit of the target as a function of its cosine, at scale 1."""
+    labels = torch.zeros(len(cosine), dtype=torch.long)
+    return margin_logits(cosine[:, None], labels, spec("arcface", size, 1.0))[:, 0]
+
+
+@pytest.mark.parametrize("size", [0.0, 0.1, 0.3, 0.5, 1.0])
+def test_arcface_adds_the_margin_to_the_angle(size: float) -> None:
+    phi = torch.linspace(0.01, math.pi - size - 0.01, 500, dtype=torch.float64)
+    torch.testing.assert_close(target(phi.cos(), size), (phi + size).cos(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0.1, 0.3, 0.5, 1.0])
+def test_arcface_rises_with_the_cosine_everywhere(size: float) -> None:
+    c = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
+    assert target(c, size).diff().min() > 0
+    assert (target(c, size) <= c).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cosine", [-1.0, 1.0, 1 + 1e-6, -1 - 1e-6, math.cos(math.pi - 0.3), 0.0])
+def test_arcface_has_two_finite_derivatives(cosine: float, dtype: torch.dtype) -> None:
+    c = torch.tensor([[cosine, 0.2]], dtype=dtype, requires_grad=True)
+    value = loss(c, torch.tensor([0]), spec("arcface"))
+    (first,) = torch.autograd.grad(value, c, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), c)
+    assert torch.isfinite(first).all()
+    assert torch.isfinite(second).all()
+    assert float(first.detach()[0, 0]) < 0  # more likeness, less loss
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
+def test_a_margin_never_touches_the_other_classes(margin: str) -> None:
+    logits = margin_logits(COSINES, LABELS, spec(margin))
+    others = F.one_hot(LABELS, 3) == 0
+    assert torch.equal(logits[others], 4.0 * COSINES[others])
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
+def test_an_empty_batch_costs_nothing_and_moves_nothing(margin: str) -> None:
+    head = CosineHead(3, 8)
+    torch.nn.init.ones_(head.weight)
+    z = torch.zeros(0, 8, requires_grad=True)
+    value = loss(head(z), torch.zeros(0, dtype=torch.long), spec(margin))
+    value.backward()
+    assert float(value.detach()) == 0
+    assert torch.equal(head.weight.grad, torch.zeros(3, 8))
+
+
+def test_cosines_ignore_the_length_of_rows_and_features() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    head = CosineHead(5, 8).double()
+    W = torch.randn(5, 8, generator=drawn, dtype=torch.float64)
+    z = torch.randn(4, 8, generator=drawn, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(W)
+        plain = head(z)
+        head.weight.copy_(W * torch.tensor([0.1, 1, 2, 30, 400])[:, None])
+        torch.testing.assert_close(head(7 * z), plain, rtol=1e-12, atol=1e-14)
+    expected = F.cosine_similarity(z[:, None], W[None], dim=2)
+    torch.testing.assert_close(plain, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_initial_rows_have_unit_expected_length_and_depend_on_the_generator_alone() -> None:
+    first, again, other = (initial_rows(400, 64, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert float(first.norm(dim=1).pow(2).mean()) == pytest.approx(1, abs=0.05)
