@@ -39,6 +39,7 @@ class GradientInversion(Attack):
     name: Literal["gradient-inversion"] = "gradient-inversion"
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"client-updates"}), frozenset({"aggregate"}))
     target: ClassVar[Literal["round", "step"]] = "step"
+    costly: ClassVar[bool] = True
     summary: ClassVar[str] = "photos from the update of one step, by matching gradients"
 
     prior: Literal["pixels", "faces"] = "faces"

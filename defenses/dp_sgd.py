@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fedgc.errors import UsageError
+from fedgc.rng import on_device
 from fedgc.types import Charge, ClientPlan, Defense, LocalSession
 
 History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, steps), as Opacus keeps it
@@ -96,7 +97,7 @@ class DPSGD(Defense):
             max_grad_norm=self.max_grad_norm,
             expected_batch_size=plan.batch_size,  # a public constant: the realised size would leak
             loss_reduction="mean",
-            generator=torch.Generator(device).manual_seed(noise.initial_seed()),
+            generator=on_device(noise, device),
         )
         try:
             with warnings.catch_warnings():
@@ -129,7 +130,8 @@ class DPSGD(Defense):
             "sampling": "poisson", "sample_rate": rate, "steps": steps, "target_epsilon": self.epsilon,
             "composition": "largest over clients, which hold disjoint photos",
             "covers": "backbone and class embeddings of every update",
-            "outside": "photo counts, which classes exist, loss and utility figures, and the choice of settings",
+            "outside": "photo counts, which classes exist, loss and utility figures, the choice of settings, and the recorded "
+            "single steps, which exist to be attacked",
             "randomness": "research-grade (torch generators)" + (", from a known seed" if self.noise_seed is not None else ""),
         }  # fmt: skip
 
@@ -158,10 +160,10 @@ def undominated(runs: set[tuple[float, int]]) -> list[tuple[float, int]]:
     return [a for a in runs if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in runs)]
 
 
-def epsilon_of(history: History, delta: float, quick: bool = False, mesh: float = 1e-3) -> float:
+def epsilon_of(history: History, delta: float, quick: bool = False) -> float:
     """Upper bound of epsilon at delta for Poisson-subsampled Gaussians (add/remove), by PRV, or quickly by RDP.
 
-    PRV works on a mesh whose error it adds to the bound; a mesh relative to the RDP figure keeps it to a second at any epsilon.
+    PRV works on a mesh whose error it adds to the bound; a mesh of 0.1 % of the RDP figure keeps it to a second at any epsilon.
     """
     from opacus.accountants import PRVAccountant, RDPAccountant
 
@@ -172,18 +174,18 @@ def epsilon_of(history: History, delta: float, quick: bool = False, mesh: float 
             "ignore"
         )  # RDP says that its best order lies at the edge of its range; the bound still holds
         bound = float(rdp.get_epsilon(delta))
-        return bound if quick else min(bound, float(prv.get_epsilon(delta, eps_error=max(0.01, mesh * bound))))
+        return bound if quick else min(bound, float(prv.get_epsilon(delta, eps_error=max(0.01, 1e-3 * bound))))
 
 
 @lru_cache
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The smallest noise multiplier (to 1 %) whose PRV epsilon is at most the target.
+    """The smallest noise multiplier (to 0.2 %) whose PRV epsilon is at most the target.
 
     RDP gives a safe upper end in milliseconds; PRV, which is tight but slow, only refines below it.
     """
 
     def reached(sigma: float, quick: bool) -> bool:
-        return epsilon_of([(sigma, rate, steps)], delta, quick, mesh=1e-2) <= epsilon
+        return epsilon_of([(sigma, rate, steps)], delta, quick) <= epsilon
 
     high = 1.0
     while not reached(high, quick=True):
@@ -194,7 +196,7 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     return _bisect(lambda s: reached(s, quick=False), low / 8, low)
 
 
-def _bisect(holds: Any, low: float, high: float, precision: float = 1e-2) -> float:
+def _bisect(holds: Any, low: float, high: float, precision: float = 2e-3) -> float:
     """The smallest value, to a relative precision and from above, at which a monotone condition holds; high holds."""
     while high - low > precision * high:
         middle = (low + high) / 2

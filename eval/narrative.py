@@ -223,8 +223,9 @@ def _warnings(promised: Sequence[Cell], seeded: Sequence[str]) -> list[str]:
             "protected far less; what is left for all of them together is in the statement above."
         )
     if seeded:
+        whose = "; ".join(seeded) if len(seeded) < len(promised) else "every run with an ε"
         out.append(
-            f"The noise of {'; '.join(seeded) if len(seeded) < len(promised) else 'every run with an ε'} came from a seed that is written in the configuration. Whoever knows it can "
+            f"The noise of {whose} came from a seed that is written in the configuration. Whoever knows it can "
             "subtract the noise, so that these runs show the cost of a defense and protect nobody: leave defense.noise_seed "
             "unset where real people are concerned."
         )

@@ -110,10 +110,17 @@ def score_images(groups: Sequence[Batch], auxiliary: Tensor, rng: np.random.Gene
             psnr(x, originals).numpy(), ssim(x, originals).numpy(), people, rng=rng).items()}
         for name, x in rivals.items()
     }  # fmt: skip
-    similarity = ssim(found, originals).tolist()
+    similarity, rival = ssim(found, originals).tolist(), psnr(rivals["nearest-auxiliary-face"], originals).tolist()
     samples = [
-        {"target": i, "class": int(c), "psnr": _finite(p), "ssim": round(s, 5), "psnr_gain": _finite(g)}
-        for i, (c, p, s, g) in enumerate(zip(people, own, similarity, gain, strict=True))
+        {
+            "target": i,
+            "class": int(c),
+            "psnr": _finite(p),
+            "ssim": round(s, 5),
+            "psnr_gain": _finite(g),
+            "nearest_psnr": _finite(r),
+        }
+        for i, (c, p, s, g, r) in enumerate(zip(people, own, similarity, gain, rival, strict=True))
     ]
     if missing:
         metrics["psnr"]["note"] = f"{missing} reconstructions are missing and count as grey"

@@ -156,7 +156,11 @@ def evaluate(run: Path, source: str | None, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("-a", "--attack", "attacks", multiple=True, help="An attack; repeatable. [default: all]")
 @click.option("-t", "--threat", "threats", multiple=True, help="A seat; repeatable. [default: all]")
-@click.option("--targets", type=click.IntRange(min=1), help="Photos to attack. [default: 8]")
+@click.option(
+    "--targets",
+    type=click.IntRange(min=1),
+    help="Photos to attack. [default: 8 where an attack is costly, else all recorded]",
+)
 @click.option("--round", "which", default="last", show_default=True, help="A recorded round: last, all, or its number.")
 @set_option
 @click.option("--force", is_flag=True, help="Attack again where a result exists.")

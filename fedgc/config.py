@@ -59,18 +59,19 @@ class Head(Section):
 class FederationSection(Section):
     """lr is the peak of a warmed-up cosine over rounds; participation: share of clients in each round.
 
-    clip_norm bounds the gradient of a batch, for stability and not for privacy: a cosine head's gradient is long at first.
+    clip_norm bounds the gradient of a batch (0: not at all), for stability and not for privacy: a cosine head's gradient is
+    long at first.
     """
 
     algorithm: Literal["centralized", "fedavg", "fedpe", "fedgc"] = "fedgc"
     clients: int = Field(default=4, ge=1)
-    rounds: int = Field(default=20, ge=1)
+    rounds: int = Field(default=24, ge=1)
     local_epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=32, ge=1)
     lr: float = Field(default=0.03, gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
-    clip_norm: float | None = Field(default=2.0, gt=0)
+    clip_norm: float = Field(default=2.0, ge=0)
     participation: float = Field(default=1.0, gt=0, le=1)
 
 
@@ -124,7 +125,7 @@ class Config(Section):
         f, c = self.federation, self.correction
         return Schedule(
             rounds=f.rounds, local_epochs=f.local_epochs, batch_size=f.batch_size, lr=f.lr,
-            head_lr_factor=self.head.lr_factor, momentum=f.momentum, weight_decay=f.weight_decay, clip_norm=f.clip_norm,
+            head_lr_factor=self.head.lr_factor, momentum=f.momentum, weight_decay=f.weight_decay, clip_norm=f.clip_norm or None,
             participation=f.participation, correction_weight=c.weight, correction_scale=c.scale,
             augment=self.data.augment,
         )  # fmt: skip
@@ -224,11 +225,10 @@ def environment_settings(environment: Mapping[str, str]) -> dict[str, Any]:
 def explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> str:
     """One line for the first thing that is wrong."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    if where[:1] == ["defense"] and len(where) > 2:  # pydantic puts the defense's name into the path
-        where.pop(1)
-    key = ".".join(where)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    key = _key(first["loc"])
+    where = key.split(".")
+    others = {_key(e["loc"]) for e in error.errors()} - {key}
+    more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         defense = tree.get("defense", {})
         if where[0] == "defense" and isinstance(defense, dict):
@@ -237,7 +237,16 @@ def explain(error: ValidationError, origin: str, tree: Mapping[str, Any]) -> str
         return f"{origin}: unknown key '{key}'{_suggestion(key, known_keys())}{more}"
     if first["type"] == "union_tag_not_found":
         return f"{origin}: [defense] needs a name, for example defense.name = dp-sgd{more}"
-    return f"{origin}: {key} = {first['input']!r}: {first['msg']}{more}"
+    messages = " or ".join(dict.fromkeys(e["msg"] for e in error.errors() if _key(e["loc"]) == key))
+    return f"{origin}: {key} = {first['input']!r}: {messages}{more}"
+
+
+def _key(place: Sequence[int | str]) -> str:
+    """The dotted key of a pydantic location, without the names of defenses and of union members in it."""
+    parts = [str(part) for part in place]
+    if parts[0] == "defense" and len(parts) > 2:
+        parts.pop(1)
+    return ".".join(parts[:2])
 
 
 def _suggestion(wrong: str, right: Sequence[str] | Mapping[str, str]) -> str:

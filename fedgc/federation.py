@@ -75,6 +75,9 @@ class RoundResult:
     images: int
 
 
+Where = tuple[int | str, ...]  # names a round or a recorded step among the random streams
+
+
 @dataclass
 class Federation:
     """Parties, scheme and defense, with one resident model that every client trains in turn."""
@@ -136,7 +139,7 @@ class Federation:
         t = state.round + 1
         constants = self.constants(t)
         rounds = [(party, self._train(party, state, t, constants)) for party in self.participants(t)]
-        return self._finish(state, t, "round", constants, rounds)
+        return self._finish(state, t, ("round", t), constants, rounds)
 
     def play_step(self, state: State, number: int, photos: Tensor, labels: Tensor) -> tuple[Transcript, Truth]:
         """A recorded single step at ``state``: client k on photos[k] (B, 3, S, S) with classes labels[k]. See `Transcript`."""
@@ -144,7 +147,8 @@ class Federation:
         constants = replace(self.constants(t), batch_size=photos.shape[1], steps=1, momentum=0.0, augmented=False)
         parties = [replace(p, photos=x, labels=y) for p, x, y in zip(self.parties, photos, labels, strict=True)]
         results = [(p, self._train(p, state, t, constants, step=number)) for p in parties]
-        transcript = self._finish(state, t, "step", constants, results).transcript
+        tag = ("step", t, photos.shape[1], number)
+        transcript = self._finish(state, t, tag, constants, results).transcript
         return transcript, Truth(tuple(p.client for p in parties), photos.cpu().float() / 255, labels.cpu())
 
     def _visible_rows(self, party: Party) -> tuple[int, ...]:
@@ -178,51 +182,57 @@ class Federation:
         )  # fmt: skip
 
     def _finish(
-        self, state: State, t: int, kind: str, constants: LocalConstants, results: list[tuple[Party, LocalResult]]
+        self, state: State, t: int, where: Where, constants: LocalConstants, results: list[tuple[Party, LocalResult]]
     ) -> RoundResult:
         """What leaves the clients, what the server makes of it, and the record of both."""
-        head, device = self.algorithm.head, state.rows.device
-        examples = {party.client: len(party.photos) for party, _ in results}
-        total = sum(examples.values())
-        W, mean, updates = state.rows.clone(), RunningMean(), {}
-        for party, result in results:
-            sent = result.delta if head != "private" else backbone_part(result.delta)
-            update = ClientUpdate(party.client, sent, len(party.photos))
-            update = self.defense.outgoing(update, generator(self.noise_key, "outgoing", kind, t, party.client))
-            updates[party.client] = update
-            shared = update.tensors if head == "shared" else backbone_part(update.tensors)
-            mean.add(shared, examples[party.client] / total)
-            if head != "shared":  # a private row moves too, at home
-                W[list(party.classes)] += (update.tensors if head == "stacked" else result.delta)[HEAD]
-        delta = dict(self.defense.aggregated(mean.total, generator(self.noise_key, "aggregated", kind, t)))
-        if head == "shared":
-            W += delta[HEAD]
-        backbone = {k: v + delta[k] for k, v in state.backbone.items()}
-        owner = owner_tensor(self.owners, device)
-        s = self.schedule
+        updates = {party.client: self._sent(party, result, where) for party, result in results}
+        delta, W = self._aggregated(state, results, updates, where)
+        backbone = {name: tensor + delta[name] for name, tensor in state.backbone.items()}
+        s, owner = self.schedule, owner_tensor(self.owners, W.device)
         W = self.algorithm.next_rows(W, owner, s.correction_weight, s.correction_scale, constants.lr)
-        W, returned = self._returned(W, t, kind)
+        W, returned = self._returned(W, where)
         charges = [c for p, r in results if (c := self.defense.charge(self.plan(p), t, r.steps)) is not None]
-        ledger = state.ledger + (tuple(charges) if kind == "round" else ())
-        new = State(t, backbone, W, ledger)
-        transcript = self._transcript(state, new, kind, constants, updates, returned, examples)
-        losses = [r.loss for _, r in results if r.loss == r.loss]
+        new = State(t, backbone, W, state.ledger + tuple(charges))
+        examples = {k: u.num_examples for k, u in updates.items()}
+        transcript = self._transcript(state, new, where, constants, updates, returned, examples)
+        losses = [r.loss for _, r in results if not math.isnan(r.loss)]
         return RoundResult(new, transcript, sum(losses) / max(1, len(losses)), sum(r.images for _, r in results))
 
-    def _returned(self, W: Tensor, t: int, kind: str) -> tuple[Tensor, dict[int, Tensors]]:
+    def _sent(self, party: Party, result: LocalResult, where: Where) -> ClientUpdate:
+        """What one client uploads: private class embeddings stay at home."""
+        sent = backbone_part(result.delta) if self.algorithm.head == "private" else result.delta
+        update = ClientUpdate(party.client, sent, len(party.photos))
+        return self.defense.outgoing(update, generator(self.noise_key, "outgoing", *where, party.client))
+
+    def _aggregated(
+        self, state: State, results: list[tuple[Party, LocalResult]], updates: dict[int, ClientUpdate], where: Where
+    ) -> tuple[Tensors, Tensor]:
+        """The weighted mean update, and all class embeddings after it: averaged, stacked, or moved at home."""
+        shared, stacked = self.algorithm.head == "shared", self.algorithm.head == "stacked"
+        total = sum(u.num_examples for u in updates.values())
+        W, mean = state.rows.clone(), RunningMean()
+        for party, result in results:
+            update = updates[party.client]
+            mean.add(update.tensors if shared else backbone_part(update.tensors), update.num_examples / total)
+            if not shared:
+                W[list(party.classes)] += (update.tensors if stacked else result.delta)[HEAD]
+        delta = self.defense.aggregated(mean.total, generator(self.noise_key, "aggregated", *where))
+        return delta, W + delta[HEAD] if shared else W
+
+    def _returned(self, W: Tensor, where: Where) -> tuple[Tensor, dict[int, Tensors]]:
         if self.algorithm.head != "stacked":
             return W, {}
         returned: dict[int, Tensors] = {}
         W = W.clone()
         for party in self.parties:
             rows = list(party.classes)
-            noise = generator(self.noise_key, "returning", kind, t, party.client)
+            noise = generator(self.noise_key, "returning", *where, party.client)
             W[rows] = self.defense.returning(party.client, W[rows], noise)
             returned[party.client] = {HEAD: W[rows]}
         return W, returned
 
     def _transcript(
-        self, old: State, new: State, kind: str, constants: LocalConstants,
+        self, old: State, new: State, where: Where, constants: LocalConstants,
         updates: dict[int, ClientUpdate], returned: dict[int, Tensors], examples: dict[int, int],
     ) -> Transcript:  # fmt: skip
         shared, stacked = self.algorithm.head == "shared", self.algorithm.head == "stacked"
@@ -231,7 +241,7 @@ class Federation:
         return Transcript(
             algorithm=self.algorithm.name,
             round=new.round,
-            kind="round" if kind == "round" else "step",
+            kind="round" if where[0] == "round" else "step",
             constants=constants,
             broadcast={**old.backbone, **head_of(old)},
             sent=own,

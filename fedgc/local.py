@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -98,10 +99,10 @@ def train_locally(
             if len(index):
                 losses.append(loss.detach())
     mean = float(torch.stack(losses).mean()) if losses else float("nan")
-    if losses and not mean < float("inf"):
-        raise WorkFailedError(
-            f"the loss of client {plan.client} is {mean}: training diverged. Lower federation.lr "
-            f"(now {constants.lr:g}) or raise defense.max_grad_norm"
-        )
     delta = {name: tensor - before[name] for name, tensor in state_tensors(model).items()}
+    if (losses and not math.isfinite(mean)) or not all(bool(d.isfinite().all()) for d in delta.values()):
+        raise WorkFailedError(
+            f"training of client {plan.client} diverged (loss {mean:g}, or an update that is not finite), and nothing "
+            f"was sent. Lower federation.lr (now {constants.lr:g})"
+        )
     return LocalResult(delta, mean, steps, images)

@@ -34,12 +34,11 @@ from fedgc.files import (
     write_tensors,
     write_text,
 )
+from fedgc.transcripts import pack_transcript, unpack_transcript
 from fedgc.types import (
     HEAD,
     Charge,
-    ClientUpdate,
     Gallery,
-    LocalConstants,
     ModelSpec,
     State,
     Transcript,
@@ -57,12 +56,15 @@ class RunDirectory:
 
     # -- the run as a whole
 
-    def create(self, config_toml: str, about: Mapping[str, Any]) -> None:
+    def create(self, config_toml: str) -> None:
+        """The folders; `begin` makes it a run once everything that training does not write again is in them."""
         for name in ("checkpoints", "transcript", "attacks"):
             make_folder(self.path / name)
         for name in ("state", "private", "attacker"):
             make_folder(self.path / name, private=True)
         write_text(self.path / "config.toml", config_toml)
+
+    def begin(self, about: Mapping[str, Any]) -> None:
         header = {"schema": SCHEMA, "status": "running", "argv": sys.argv[1:], **provenance(), **about}
         write_json(self.path / "run.json", header)
 
@@ -77,7 +79,7 @@ class RunDirectory:
                 f"{self.path} is not a run directory (no run.json); train one with `fedgc-priv train --out {self.path}`"
             )
         about = read_json(self.path / "run.json")
-        if not isinstance(about, dict) or about.get("schema") != SCHEMA:
+        if not isinstance(about, dict) or about.get("schema") != SCHEMA or "status" not in about:
             raise RunError(
                 f"{self.path} was written with schema {about.get('schema') if isinstance(about, dict) else '?'}, this "
                 f"version reads schema {SCHEMA}: use the version that wrote it, or train again"
@@ -101,8 +103,7 @@ class RunDirectory:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run for this process; a second one is refused."""
-        make_folder(self.path)
-        with open(self.path / ".lock", "w") as file:
+        with open(make_folder(self.path) / ".lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -122,8 +123,7 @@ class RunDirectory:
         ledger = [asdict(charge) for charge in state.ledger]
         commit = {"round": t, "sha256": digest, "metrics": dict(metrics), "ledger": ledger}
         write_json(self._state(t, "json"), commit, PRIVATE)
-        lines = [json.dumps(read_json(self._state(n, "json"))["metrics"]) for n in self.rounds()]
-        write_text(self.path / "metrics.jsonl", "\n".join(lines) + "\n")
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics()))
         for old in self.rounds()[1:-2]:  # the first and the last two are kept whole
             self._state(old, "safetensors").unlink(missing_ok=True)
 
@@ -139,7 +139,10 @@ class RunDirectory:
             path = self._state(t, "safetensors")
             if not path.exists():
                 continue
-            commit = read_json(self._state(t, "json"))
+            try:
+                commit = read_json(self._state(t, "json"))
+            except RunError:
+                continue
             if sha256(path) != commit["sha256"]:
                 continue
             tensors, _ = read_tensors(path)
@@ -168,7 +171,9 @@ class RunDirectory:
             return fixed
         path = self.path / "state" / "noise-key.json"
         if not path.exists():
-            write_json(path, int.from_bytes(os.urandom(8), "big"), PRIVATE)
+            if self.rounds():  # other noise on the same rounds would be a second release that nobody accounts for
+                raise RunError(f"{path} is lost: this run cannot go on with the noise it began with; train again")
+            write_json(path, int.from_bytes(os.urandom(32), "big"), PRIVATE)
         return int(read_json(path))
 
     def charge(self, charges: tuple[Charge, ...]) -> None:
@@ -185,7 +190,9 @@ class RunDirectory:
         write_tensors(self.path / "transcript" / f"{name}.safetensors", *pack_transcript(transcript))
 
     def load_transcript(self, name: str) -> Transcript:
-        return unpack_transcript(*read_tensors(self.path / "transcript" / f"{name}.safetensors"))
+        path = self.path / "transcript" / f"{name}.safetensors"
+        with holding(path):
+            return unpack_transcript(*read_tensors(path))
 
     def transcripts(self) -> list[str]:
         return sorted(p.stem for p in (self.path / "transcript").glob("*.safetensors"))
@@ -196,8 +203,10 @@ class RunDirectory:
         write_tensors(path, tensors, {"clients": truth.clients}, PRIVATE)
 
     def load_truth(self, name: str) -> Truth:
-        tensors, about = read_tensors(self.path / "private" / f"{name}.safetensors")
-        return Truth(tuple(about["clients"]), tensors["images"].float() / 255, tensors["labels"])
+        path = self.path / "private" / f"{name}.safetensors"
+        with holding(path):
+            tensors, about = read_tensors(path)
+            return Truth(tuple(about["clients"]), tensors["images"].float() / 255, tensors["labels"])
 
     def save_knowledge(self, auxiliary: Tensor, gallery: Tensor, people: Tensor) -> None:
         """uint8 photos that attackers own: strangers, and candidates with their number in the gallery."""
@@ -205,8 +214,10 @@ class RunDirectory:
         write_tensors(self.path / "attacker" / "knowledge.safetensors", tensors, None, PRIVATE)
 
     def load_knowledge(self) -> tuple[Tensor, Gallery]:
-        tensors, _ = read_tensors(self.path / "attacker" / "knowledge.safetensors")
-        return tensors["auxiliary"].float() / 255, Gallery(tensors["gallery"].float() / 255, tensors["people"])
+        path = self.path / "attacker" / "knowledge.safetensors"
+        with holding(path):
+            tensors, _ = read_tensors(path)
+            return tensors["auxiliary"].float() / 255, Gallery(tensors["gallery"].float() / 255, tensors["people"])
 
     def save_identities(self, value: Mapping[str, Any]) -> None:
         """The private names: who class c is, and which person of the gallery."""
@@ -216,44 +227,15 @@ class RunDirectory:
         return dict(read_json(self.path / "private" / "identities.json"))
 
 
-def transcript_name(round: int, batch: int | None = None, number: int = 0) -> str:
-    """round-0010, or round-0010-step-b4-0 for the recorded single steps."""
-    return f"round-{round:04d}" + ("" if batch is None else f"-step-b{batch}-{number}")
-
-
-def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors = {f"broadcast/{name}": x for name, x in t.broadcast.items()}
-    tensors |= {f"released/{name}": x for name, x in t.released.items()}
-    for place, messages in (("sent", t.sent), ("returned", t.returned)):
-        tensors |= {f"{place}/{k}/{name}": x for k, message in messages.items() for name, x in message.items()}
-    tensors |= {f"updates/{k}/{name}": x for k, u in t.updates.items() for name, x in u.tensors.items()}
-    about = {
-        "algorithm": t.algorithm, "round": t.round, "kind": t.kind, "constants": asdict(t.constants),
-        "rows": {str(k): list(v) for k, v in t.rows.items()}, "owners": list(t.owners),
-        "examples": {str(k): n for k, n in t.examples.items()},
-    }  # fmt: skip
-    return tensors, about
-
-
-def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Transcript:
-    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}}
-    private: dict[str, dict[int, dict[str, Tensor]]] = {"sent": {}, "returned": {}, "updates": {}}
-    for key, tensor in tensors.items():
-        place, rest = key.split("/", 1)
-        if place in shared:
-            shared[place][rest] = tensor
-        else:
-            client, name = rest.split("/", 1)
-            private[place].setdefault(int(client), {})[name] = tensor
-    examples = {int(k): n for k, n in about["examples"].items()}
-    constants = dict(about["constants"])
-    constants["spec"] = ModelSpec(**constants["spec"])
-    return Transcript(
-        algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=LocalConstants(**constants),
-        updates={k: ClientUpdate(k, u, examples[k]) for k, u in private["updates"].items()},
-        rows={int(k): tuple(v) for k, v in about["rows"].items()}, owners=tuple(about["owners"]),
-        examples=examples, sent=private["sent"], returned=private["returned"], **shared,
-    )  # fmt: skip
+@contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Turn what reading a well-formed file of something else runs into, into an error that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"{path} does not hold what its place in the run says ({error!r}): restore it or train again"
+        ) from None
 
 
 def provenance() -> dict[str, Any]:
@@ -268,8 +250,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def require_new(run: RunDirectory, digest: str) -> None:
-    """A folder that holds something else is never written over."""
+def require_new(run: RunDirectory, config_toml: str, digest: str) -> None:
+    """A folder that holds something else is never written over; a start that was cut off is started again."""
     if run.exists:
         about = run.about()
         if about.get("config_digest") != digest:
@@ -279,5 +261,10 @@ def require_new(run: RunDirectory, digest: str) -> None:
         raise RunError(
             f"{run.path} stopped after round {run.last_round()} of {about.get('rounds')}: add --resume to go on"
         )
+    if run.path.exists() and not run.path.is_dir():
+        raise UsageError(f"{run.path} is a file: --out needs a folder that does not exist yet")
+    begun = run.path / "config.toml"
+    if begun.exists() and begun.read_text() == config_toml:
+        return
     if run.path.exists() and any(p.name != ".lock" for p in run.path.iterdir()):
         raise UsageError(f"{run.path} is not empty and not a run directory: choose another --out")

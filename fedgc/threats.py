@@ -108,7 +108,8 @@ def _stacked(updates: Mapping[int, ObservedUpdate]) -> ClassEmbeddings | None:
 def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
     """What one participant receives, and what it knows by having taken part."""
     view: dict[str, Any] = {"global_model": backbone_part(transcript.released)}
-    if len(transcript.examples) > 1 and (seat in transcript.updates or seat not in transcript.examples):
+    others = set(transcript.examples) - {seat}
+    if others and (seat in transcript.updates or seat not in transcript.examples):  # its own share is subtracted
         view["aggregate"] = _others(transcript, seat)
     if HEAD in transcript.released:
         classes = tuple(range(len(transcript.owners)))

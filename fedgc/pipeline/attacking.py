@@ -31,7 +31,7 @@ from fedgc.threats import THREATS, Knowledge, outsider_observation
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
 
 SEAT = 0  # the client that is curious
-DEFAULT_TARGETS = 8  # photos: image attacks take minutes, the others do not care
+DEFAULT_TARGETS = 8  # photos, where an attack is costly
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def _jobs(run: RunDirectory, attack: Attack, threat: str, t: int, targets: int |
     for name in names:
         if "-step-b" in name:
             sizes.setdefault(int(name.split("-step-b")[1].split("-")[0]), []).append(name)
-    return [Job(attack, threat, tuple(sizes[b]), t, b, targets or DEFAULT_TARGETS) for b in sorted(sizes)]
+    photos = targets or (DEFAULT_TARGETS if attack.costly else None)
+    return [Job(attack, threat, tuple(sizes[b]), t, b, photos) for b in sorted(sizes)]
 
 
 def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str, Any]:

@@ -12,10 +12,10 @@ EPSILONS = (None, 300.0, 50.0, 8.0)
 # Small enough for two cores in minutes; the noise seed makes the demo repeatable, and the report says what that costs.
 SETTINGS: dict[str, Any] = {
     "data": {"source": "synthetic:160x10", "image_size": 32, "augment": False},
-    "federation": {"clients": 4, "rounds": 12, "lr": 0.1},
-    "record": {"rounds": "last", "victims": 4, "batch_sizes": [1, 4]},
+    "federation": {"clients": 4, "rounds": 10, "lr": 0.1},
+    "record": {"rounds": "last", "victims": 16, "batch_sizes": [1, 4]},
 }
-ATTACK_SETTINGS = ("gradient-inversion.iterations=200",)
+ATTACK_SETTINGS = ("gradient-inversion.iterations=100",)
 
 
 def demo_cells() -> list[Cell]:

@@ -28,7 +28,7 @@ ATTACK_UNITS = 8  # how many rounds' worth of progress the attacks of a cell sta
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration of a grid, with the attack settings that go with it."""
+    """One configuration of a grid, with the attack settings that go with it; targets: photos for a costly attack."""
 
     name: str
     tree: Mapping[str, Any]
@@ -139,12 +139,14 @@ def _progress(waiting: Mapping[Future[None], Cell], out: Path) -> int:
 
 def play_cell(cell: Cell, path: Path) -> None:
     """Train one cell, or find it trained, and attack it from every seat."""
+    from attacks.registry import ATTACKS
     from fedgc.pipeline.attacking import attack
     from fedgc.pipeline.training import train
 
     try:
         train(cell.config(), path, resume=True)
-        attack(path, targets=cell.targets, settings=cell.attack_settings)
+        for name, kind in ATTACKS.items():
+            attack(path, [name], targets=cell.targets if kind.costly else None, settings=cell.attack_settings)
     except FedgcError as error:
         raise RuntimeError(str(error)) from None  # an exception that any process can unpickle
 

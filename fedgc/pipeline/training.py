@@ -18,7 +18,8 @@ from fedgc.federation import Federation, manifest_hash, victims
 from fedgc.pipeline.evaluation import embedding, utility
 from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, prepare
 from fedgc.pipeline.watch import Watch, silent
-from fedgc.runs import RunDirectory, require_new, transcript_name
+from fedgc.runs import RunDirectory, require_new
+from fedgc.transcripts import transcript_name
 from fedgc.types import State, Transcript
 
 NAMED_SKIPS = 1000  # files that could not be used, named in run.json
@@ -45,7 +46,7 @@ def train(
     if run.exists and run.about().get("config_digest") == config.digest() and run.about()["status"] == "finished":
         return document(run)
     if not (resume and run.exists):
-        require_new(run, config.digest())
+        require_new(run, config.to_toml(), config.digest())
     elif run.about().get("config_digest") != config.digest():
         raise RunError(f"{out} was trained with another configuration: --resume takes no changed settings")
     with run.locked():
@@ -84,8 +85,12 @@ def _start(setting: Setting, run: RunDirectory) -> None:
     recorded = [
         v for b in config.record.batch_sizes for v in victims(setting.parties, b, config.record.victims, config.seed)
     ]
-    run.create(
-        config.to_toml(),
+    run.create(config.to_toml())
+    photos, people, of_class = gallery(setting)
+    run.save_knowledge(auxiliary_photos(setting), photos, people)
+    names = {c: faces.names[p] for c, p in enumerate(setting.people)}
+    run.save_identities({"class_name": names, "class_gallery": of_class, "splits": setting.splits.to_json()})
+    run.begin(
         {
             "config_digest": config.digest(), "seed": config.seed, "device": str(setting.device),
             "algorithm": config.federation.algorithm, "rounds": config.federation.rounds,
@@ -98,10 +103,6 @@ def _start(setting: Setting, run: RunDirectory) -> None:
             "victims": manifest_hash(recorded),
         },
     )  # fmt: skip
-    photos, people, of_class = gallery(setting)
-    run.save_knowledge(auxiliary_photos(setting), photos, people)
-    names = {c: faces.names[p] for c, p in enumerate(setting.people)}
-    run.save_identities({"class_name": names, "class_gallery": of_class, "splits": setting.splits.to_json()})
 
 
 def _rounds(

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
@@ -50,12 +51,10 @@ def streams() -> dict[str, torch.Generator]:
 
 
 @contextmanager
-def session(
-    model: FaceModel, defense: DPSGD, batch: int, lr: float = 1.0, batches: Iterator[Tensor] = iter(())
-) -> Iterator[LocalSession]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+def session(model: FaceModel, defense: DPSGD, batch: int) -> Iterator[LocalSession]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     plan = ClientPlan(0, 100, batch, 10)
-    with defense.local_training(model, optimizer, batches, plan, **streams()) as opened:
+    with defense.local_training(model, optimizer, iter(()), plan, **streams()) as opened:
         yield opened
 
 
@@ -187,10 +186,10 @@ def test_every_step_has_noise_of_its_own() -> None:
 
 def test_the_update_is_divided_by_the_expected_and_not_the_drawn_batch() -> None:
     photos, labels = faces(6)
-    quiet = DPSGD(noise_multiplier=1e-9, max_grad_norm=1e-3)
+    quiet = DPSGD(noise_multiplier=1e-9, max_grad_norm=1.0)
     once, half = (trained(quiet, photos, labels, [torch.arange(6)], expected=b) for b in (4, 8))
     for name, delta in once.delta.items():
-        torch.testing.assert_close(delta, 2 * half.delta[name], rtol=1e-2, atol=1e-7)
+        torch.testing.assert_close(delta, 2 * half.delta[name], rtol=1e-3, atol=1e-6)
 
 
 # -- inside a federation
@@ -259,14 +258,30 @@ def test_noise_and_sampling_follow_the_secret_key_and_not_the_public_seed(monkey
     assert drawn[0, 1] == drawn[5, 1] != drawn[0, 2]
 
 
-@pytest.mark.xfail(strict=True, reason="torch's CPU generator keeps 32 of the 63 bits of a stream's seed")
 def test_a_stream_has_more_than_32_bits_of_seed() -> None:
     """2^32 candidates can be tried; and streams of a run must not collide."""
     from fedgc import rng
 
-    low = rng.generator("a").initial_seed() & 0xFFFFFFFF
-    other = torch.Generator().manual_seed(low)
-    assert not torch.equal(torch.rand(4, generator=other), torch.rand(4, generator=rng.generator("a")))
+    stream = rng.generator("a")
+    for seed in (stream.initial_seed() & 0xFFFFFFFF, rng.stream_seed("a") & 0xFFFFFFFF):
+        other = torch.Generator().manual_seed(seed)
+        assert not torch.equal(torch.rand(4, generator=other), torch.rand(4, generator=rng.generator("a")))
+    state = rng.generator("a").get_state()
+    words = state[rng.FIRST : rng.FIRST + 8 * rng.WORDS].view(torch.int64)  # the twister's state, and all of it named
+    assert int(words.max()) < 2**32
+    assert len(words.unique()) == rng.WORDS
+    for change in ("b", "A"):
+        assert not torch.equal(state, rng.generator(change).get_state())
+
+
+def test_a_stream_is_uniform_and_independent_of_its_neighbour() -> None:
+    """The state is laid out by hand: draws from it must still be what a generator's draws are."""
+    from fedgc import rng
+
+    x, y = (torch.randn(200_000, generator=rng.generator("noise", n)) for n in (0, 1))
+    assert abs(float(x.mean())) < 4 / 200_000**0.5
+    assert abs(float(x.var()) - 1) < 4 * (2 / 200_000) ** 0.5
+    assert abs(float((x * y).mean())) < 4 / 200_000**0.5
 
 
 def test_recorded_steps_are_not_charged_and_rounds_are() -> None:
@@ -328,10 +343,27 @@ def gaussian_epsilon(sigma: float, steps: int, delta: float) -> float:
     return float(brentq(excess, 1e-9, 200))
 
 
+def renyi_epsilon(sigma: float, q: float, steps: int, delta: float) -> float:
+    """Epsilon by RDP from quadrature of the sampled Gaussian's divergence (Mironov et al. 2019), converted as in
+    Canonne, Kamath & Steinke (2020), at the best order of a fine grid."""
+
+    def at(order: float) -> float:
+        def density(x: float) -> float:
+            return norm.pdf(x, scale=sigma) * (1 - q + q * math.exp((2 * x - 1) / (2 * sigma**2))) ** order
+
+        moment, _ = quad(density, -30 * sigma, 40 * sigma, limit=500, points=[0.0, order])
+        renyi = steps * math.log(moment) / (order - 1)
+        return renyi + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+
+    return min(at(1.5 + 0.1 * i) for i in range(30))
+
+
 def test_the_anchor_of_both_accountants() -> None:
     history = [(1.0, 0.1, 200)]
     assert epsilon_of(history, 2.5e-4) == pytest.approx(8.03, abs=0.0803 + 0.02)
-    assert epsilon_of(history, 2.5e-4, quick=True) == pytest.approx(9.17, abs=0.05)
+    quick = epsilon_of(history, 2.5e-4, quick=True)
+    assert quick == pytest.approx(renyi_epsilon(1.0, 0.1, 200, 2.5e-4), rel=1e-4)
+    assert quick == pytest.approx(9.10, abs=0.05)
 
 
 @pytest.mark.parametrize(("sigma", "steps", "delta"), [(1.0, 1, 1e-3), (4.0, 20, 1e-3), (20.0, 100, 1e-5)])
@@ -350,7 +382,7 @@ def test_epsilon_moves_the_right_way() -> None:
     assert epsilon_of([(1.0, 0.1, 50)], 1e-4) > base
 
 
-@pytest.mark.parametrize(("target", "rate", "steps"), [(1.0, 0.1, 100), (8.0, 0.25, 40), (50.0, 1.0, 20)])
+@pytest.mark.parametrize(("target", "rate", "steps"), [(1.0, 0.1, 100), (8.0, 1.0, 3), (50.0, 1.0, 20)])
 def test_the_least_noise_that_reaches_a_target(target: float, rate: float, steps: int) -> None:
     sigma = noise_for(target, 1e-3, rate, steps)
     assert epsilon_of([(sigma, rate, steps)], 1e-3) <= target
@@ -358,13 +390,14 @@ def test_the_least_noise_that_reaches_a_target(target: float, rate: float, steps
 
 
 def test_the_noise_is_enough_for_the_client_that_needs_most() -> None:
-    plans = [ClientPlan(0, 200, 16, 60), ClientPlan(1, 50, 16, 20), ClientPlan(2, 100, 16, 30)]
-    prepared = DPSGD(epsilon=4.0, delta=1e-3).prepared(plans)
+    plans = [ClientPlan(0, 160, 16, 100), ClientPlan(1, 20, 20, 1), ClientPlan(2, 200, 16, 90)]
+    prepared = DPSGD(epsilon=1.0, delta=1e-3).prepared(plans)
     sigma = prepared.noise_multiplier
+    assert sigma is not None
     spent = [epsilon_of([(sigma, p.batch_size / p.images, p.steps)], 1e-3) for p in plans]
-    assert max(spent) <= 4.0
-    assert max(spent) > 3.8
-    assert prepared.epsilon == 4.0
+    assert 0.97 < max(spent) <= 1.0
+    assert sigma == max(noise_for(1.0, 1e-3, 0.1, 100), noise_for(1.0, 1e-3, 1.0, 1))
+    assert prepared.epsilon == 1.0
 
 
 def test_a_given_noise_is_kept() -> None:

@@ -1,0 +1,51 @@
+"""How a transcript is laid out as named tensors and a JSON header; see docs/run-directory.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from fedgc.types import ClientUpdate, LocalConstants, ModelSpec, Transcript
+
+
+def transcript_name(round: int, batch: int | None = None, number: int = 0) -> str:
+    """round-0010, or round-0010-step-b4-0 for the recorded single steps."""
+    return f"round-{round:04d}" + ("" if batch is None else f"-step-b{batch}-{number}")
+
+
+def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"broadcast/{name}": x for name, x in t.broadcast.items()}
+    tensors |= {f"released/{name}": x for name, x in t.released.items()}
+    for place, messages in (("sent", t.sent), ("returned", t.returned)):
+        tensors |= {f"{place}/{k}/{name}": x for k, message in messages.items() for name, x in message.items()}
+    tensors |= {f"updates/{k}/{name}": x for k, u in t.updates.items() for name, x in u.tensors.items()}
+    about = {
+        "algorithm": t.algorithm, "round": t.round, "kind": t.kind, "constants": asdict(t.constants),
+        "rows": {str(k): list(v) for k, v in t.rows.items()}, "owners": list(t.owners),
+        "examples": {str(k): n for k, n in t.examples.items()},
+    }  # fmt: skip
+    return tensors, about
+
+
+def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Transcript:
+    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}}
+    private: dict[str, dict[int, dict[str, Tensor]]] = {"sent": {}, "returned": {}, "updates": {}}
+    for key, tensor in tensors.items():
+        place, rest = key.split("/", 1)
+        if place in shared:
+            shared[place][rest] = tensor
+        else:
+            client, name = rest.split("/", 1)
+            private[place].setdefault(int(client), {})[name] = tensor
+    examples = {int(k): n for k, n in about["examples"].items()}
+    constants = dict(about["constants"])
+    constants["spec"] = ModelSpec(**constants["spec"])
+    return Transcript(
+        algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=LocalConstants(**constants),
+        updates={k: ClientUpdate(k, u, examples[k]) for k, u in private["updates"].items()},
+        rows={int(k): tuple(v) for k, v in about["rows"].items()}, owners=tuple(about["owners"]),
+        examples=examples, sent=private["sent"], returned=private["returned"], **shared,
+    )  # fmt: skip
