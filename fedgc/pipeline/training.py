@@ -16,6 +16,7 @@ from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
 from fedgc.federation import Federation, manifest_hash, victims
 from fedgc.pipeline.evaluation import embedding, utility
+from fedgc.pipeline.memory import keep_freed_memory
 from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, prepare
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory, require_new
@@ -49,6 +50,7 @@ def train(
         require_new(run, config.to_toml(), config.digest())
     elif run.about().get("config_digest") != config.digest():
         raise RunError(f"{out} was trained with another configuration: --resume takes no changed settings")
+    keep_freed_memory()
     with run.locked():
         return _train(config, run, watch, after_round or (lambda: None))
 
