@@ -19,9 +19,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
 from fedgc.rng import on_device
-from fedgc.types import Charge, ClientPlan, Defense, LocalSession
+from fedgc.types import Charge
 
 History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, steps), as Opacus keeps it
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from fedgc.types import Defense
+from fedgc.doors import Defense
 
 
 class NoDefense(Defense):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from defenses.dp_sgd import DPSGD
 from defenses.none import NoDefense
-from fedgc.types import Defense
+from fedgc.doors import Defense
 
 AnyDefense = Annotated[NoDefense | DPSGD, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {

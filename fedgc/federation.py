@@ -14,23 +14,12 @@ import torch
 from torch import Tensor
 
 from fedgc.algorithms import Algorithm, RunningMean, backbone_part, owner_tensor
+from fedgc.doors import ClientPlan, Defense
 from fedgc.heads import CosineHead, initial_rows
 from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
 from fedgc.models import FaceModel, build_backbone, state_tensors
 from fedgc.rng import generator
-from fedgc.types import (
-    BACKBONE,
-    HEAD,
-    ClientPlan,
-    ClientUpdate,
-    Defense,
-    LocalConstants,
-    ModelSpec,
-    State,
-    Tensors,
-    Transcript,
-    Truth,
-)
+from fedgc.types import BACKBONE, HEAD, ClientUpdate, LocalConstants, ModelSpec, State, Tensors, Transcript, Truth
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedgc import heads
+from fedgc.doors import ClientPlan, Defense
 from fedgc.errors import WorkFailedError
 from fedgc.models import FaceModel, state_tensors
-from fedgc.types import HEAD, ClientPlan, Defense, LocalConstants, Tensors
+from fedgc.types import HEAD, LocalConstants, Tensors
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from defenses.dp_sgd import DPSGD, epsilon_of, merged, noise_for, poisson_batches, undominated
 from fedgc import heads
 from fedgc.algorithms import ALGORITHMS
+from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
 from fedgc.federation import Federation, Party, Schedule, victims
 from fedgc.heads import CosineHead
 from fedgc.local import train_locally
 from fedgc.models import FaceModel, build_model
-from fedgc.types import HEAD, Charge, ClientPlan, Defense, LocalConstants, LocalSession, ModelSpec
+from fedgc.types import HEAD, Charge, LocalConstants, ModelSpec
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 CLASSES = 5

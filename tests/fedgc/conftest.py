@@ -11,8 +11,9 @@ import torch
 from defenses.none import NoDefense
 from fedgc.algorithms import ALGORITHMS
 from fedgc.data.synthetic import synthetic_faces
+from fedgc.doors import Defense
 from fedgc.federation import Federation, Party, Schedule
-from fedgc.types import Defense, ModelSpec
+from fedgc.types import ModelSpec
 
 PEOPLE = (2, 3, 2)  # of each client
 PHOTOS = (4, 3, 6)  # of each of its people
