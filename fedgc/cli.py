@@ -46,7 +46,7 @@ def demo(out: Path, as_json: bool) -> None:
     """The whole story on built-in synthetic faces: train, attack, defend, report."""
     from fedgc.pipeline.demo import run_demo
 
-    with watching(as_json) as watch:
+    with watching() as watch:
         summary = run_demo(out, watch)
     show(as_json, summary, lambda ui: ui.report_table(summary))
     if not as_json:
@@ -74,7 +74,7 @@ def data_inspect(path: str, as_json: bool) -> None:
     """What is in a folder of faces, and what is wrong with it."""
     from fedgc.data.inspection import inspect
 
-    with watching(as_json) as watch:
+    with watching() as watch:
         found = inspect(path, progress=lambda done, total: watch("looking", done, total))
     show(as_json, found, lambda ui: ui.inspection(found))
 
@@ -120,7 +120,7 @@ def train(
             raise UsageError("--resume needs --out RUN: the run to go on with")
         out = Path("runs") / f"{chosen.federation.algorithm}-{chosen.defense.name}-{chosen.digest()}"
     try:
-        with watching(as_json) as watch:
+        with watching() as watch:
             result = run_training(chosen, out, resume=resume, watch=watch)
     except StopSignalError as stop:
         click.echo(f"stopped; go on with: fedgc-priv train --out {out} --resume", err=True)
@@ -147,7 +147,7 @@ def evaluate(run: Path, source: str | None, as_json: bool) -> None:
     """Measure the utility of a finished run on people it was not trained on."""
     from fedgc.pipeline.evaluation import evaluate as run_evaluation
 
-    with watching(as_json) as watch:
+    with watching() as watch:
         result = run_evaluation(run, source, watch)
     show(as_json, result, lambda ui: ui.training(result))
 
@@ -175,7 +175,7 @@ def attack(
     """
     from fedgc.pipeline.attacking import attack as run_attacks
 
-    with watching(as_json) as watch:
+    with watching() as watch:
         entries = run_attacks(
             run, attacks, threats, targets=targets, round=which, settings=settings, force=force, watch=watch
         )
@@ -195,7 +195,7 @@ def sweep(config: Path, over: Sequence[str], seeds: int, out: Path, resume: bool
     """Train and attack every cell of a grid, several at a time, and report them together."""
     from fedgc.pipeline.sweeping import cells, run_sweep
 
-    with watching(as_json) as watch:
+    with watching() as watch:
         summary = run_sweep(cells(config, over, seeds, os.environ), out, resume=resume, watch=watch)
     show(as_json, summary, lambda ui: ui.report_table(summary))
 
@@ -217,11 +217,13 @@ def report(runs: Sequence[Path], out: Path, no_originals: bool, gates: Sequence[
     from fedgc.pipeline.reporting import check_gates
     from fedgc.pipeline.reporting import report as write_report
 
-    summary = write_report(runs, out, originals=not no_originals)
+    with watching() as watch:
+        summary = write_report(runs, out, originals=not no_originals, watch=watch)
     show(as_json, summary, lambda ui: ui.report_table(summary))
     if not as_json:
         click.echo(summary["report"])
-    check_gates(runs, gates)
+    for line in check_gates(runs, gates):
+        click.echo(line, err=True)
 
 
 KINDS = ("attacks", "defenses", "threats", "algorithms", "models", "datasets")
@@ -237,7 +239,7 @@ def list_command(kind: str, as_json: bool) -> None:
     show(as_json, listing(kind), lambda ui: ui.listing_table(kind, listing(kind)))
 
 
-def watching(as_json: bool) -> Any:
+def watching() -> Any:
     """Progress on stderr: bars on a terminal, a line now and then elsewhere."""
     from fedgc.terminal import progress
 

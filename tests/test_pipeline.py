@@ -16,9 +16,9 @@ from fedgc.config import load_config
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import read_tensors
 from fedgc.pipeline.attacking import attack
-from fedgc.pipeline.evaluation import evaluate
+from fedgc.pipeline.evaluation import document, evaluate
 from fedgc.pipeline.reporting import report
-from fedgc.pipeline.training import document, train
+from fedgc.pipeline.training import train
 from fedgc.runs import RunDirectory
 
 QUICK = ("gradient-inversion.iterations=3",)

@@ -56,8 +56,6 @@ def evaluate(path: Path, data: str | None = None, watch: Watch = silent) -> dict
 
     Of another source, half of the people serve for thresholds and half for the test. Nothing in the run changes.
     """
-    from fedgc.pipeline.training import document
-
     run = RunDirectory(path)
     result = document(run)
     config = validated(read_toml(path / "config.toml"), str(path / "config.toml"))
@@ -91,3 +89,20 @@ def _halves(faces: FaceSet, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]
     order = torch.randperm(len(faces.names), generator=torch.Generator().manual_seed(seed)).tolist()
     half = len(order) // 2
     return tuple(sorted(order[half:])), tuple(sorted(order[:half]))
+
+
+def document(run: RunDirectory) -> dict[str, Any]:
+    """What ``train --json`` and ``evaluate --json`` print."""
+    about = run.finished()
+    keys = (
+        "status",
+        "algorithm",
+        "rounds",
+        "seconds",
+        "images_per_second",
+        "utility",
+        "baselines",
+        "privacy",
+        "skipped",
+    )
+    return {"run": str(run.path), **{key: about[key] for key in keys}, "skipped_files": about["skipped_files"]}

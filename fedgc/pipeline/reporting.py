@@ -6,30 +6,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report import RunResult, build
 from torch import Tensor
 
-from eval.gate import failing
+from eval.gate import failing, unjudged
+from eval.report import RunResult, build
 from fedgc.config import read_toml
 from fedgc.errors import GateError, RunError
 from fedgc.files import read_json, read_tensors
+from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory
 
 
-def report(paths: Sequence[Path], out: Path, *, originals: bool = True, commands: Sequence[str] = ()) -> dict[str, Any]:
+def report(
+    paths: Sequence[Path], out: Path, *, originals: bool = True, commands: Sequence[str] = (), watch: Watch = silent
+) -> dict[str, Any]:
     """Write the report folder; returns its summary with the path of the page under "report"."""
     runs = [load_result(path) for path in find_runs(paths)]
+    watch("writing the report", 0, 1)
     summary = build(runs, out, originals=originals, commands=commands)
+    watch("writing the report", 1, 1)
     return {**summary, "report": str(out / "report.html")}
 
 
-def check_gates(paths: Sequence[Path], expressions: Sequence[str]) -> None:
-    """Raise GateError naming every ``--fail-if`` expression that is true of these runs."""
+def check_gates(paths: Sequence[Path], expressions: Sequence[str]) -> list[str]:
+    """Raise GateError naming every ``--fail-if`` expression that is true of these runs.
+
+    Returns a line for each result that a gate names and that was refused or has no value: it trips nothing, and says nothing.
+    """
     runs = [load_result(path) for path in find_runs(paths)]
     entries = [entry for run in runs for entry in [*run.attacks, {"run": run.path, "utility": run.about["utility"]}]]
     tripped = [message for expression in expressions for message in failing(expression, entries)]
     if tripped:
         raise GateError("; ".join(tripped))
+    return [line for expression in expressions for line in unjudged(expression, entries)]
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:

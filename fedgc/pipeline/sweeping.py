@@ -99,9 +99,7 @@ def run_sweep(grid: Sequence[Cell], out: Path, *, resume: bool = False, watch: W
     done = [out / cell.name for cell in grid if not any(f["cell"] == cell.name for f in failed)]
     if not done:
         raise WorkFailedError(f"every cell of {out} failed; the first: {failed[0]['cell']}: {failed[0]['error']}")
-    watch("writing the report", 0, 1)
-    summary = report(done, out / "report")
-    watch("writing the report", 1, 1)
+    summary = report(done, out / "report", watch=watch)
     return {**summary, "failed": failed}
 
 

@@ -15,7 +15,7 @@ from eval.recognition import PairScores
 from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
 from fedgc.federation import Federation, manifest_hash, victims
-from fedgc.pipeline.evaluation import embedding, utility
+from fedgc.pipeline.evaluation import document, embedding, utility
 from fedgc.pipeline.memory import keep_freed_memory
 from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, prepare
 from fedgc.pipeline.watch import Watch, silent
@@ -178,20 +178,3 @@ def describe(metrics: Mapping[str, Any]) -> str:
     return f"loss {metrics['loss']:.3f}, AUC {metrics['auc']:.3f}" + (
         f", ε ≤ {epsilon:.2f}" if epsilon is not None else ""
     )
-
-
-def document(run: RunDirectory) -> dict[str, Any]:
-    """What ``train --json`` and ``evaluate --json`` print."""
-    about = run.finished()
-    keys = (
-        "status",
-        "algorithm",
-        "rounds",
-        "seconds",
-        "images_per_second",
-        "utility",
-        "baselines",
-        "privacy",
-        "skipped",
-    )
-    return {"run": str(run.path), **{key: about[key] for key in keys}, "skipped_files": about["skipped_files"]}
