@@ -68,12 +68,14 @@ class DPSGD(Defense):
     def check_module(self, module: nn.Module) -> None:
         from opacus.validators import ModuleValidator
 
-        errors = ModuleValidator.validate(module, strict=False)
-        if errors:
+        mixing = [name for name, layer in module.named_modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        if mixing:
             raise UsageError(
-                f"dp-sgd cannot train this network: {errors[0]} ({len(errors)} such layers). BatchNorm mixes photos, so that "
-                "no per-photo gradient exists: use --set model.norm=group"
+                f"dp-sgd cannot train this network: {mixing[0]} and {len(mixing) - 1} more layers are BatchNorm, which mixes "
+                "photos, so that no per-photo gradient exists. Use --set model.norm=group"
             )
+        for error in ModuleValidator.validate(module, strict=False):
+            raise UsageError(f"dp-sgd cannot train this network: {error}")
 
     @contextmanager
     def local_training(

@@ -100,6 +100,13 @@ def test_wrong_settings(cli: Cli) -> None:
     one_line(cli("train", "missing.toml"), 2, "missing.toml")
 
 
+def test_a_network_that_cannot_be_trained_leaves_nothing_behind(cli: Cli, tmp_path: Path) -> None:
+    flags = [*TINY_FLAGS, "--set", "defense.name=dp-sgd", "--set", "defense.epsilon=8", "--set", "defense.delta=0.5"]
+    one_line(cli("train", *flags, "--out", tmp_path / "run"), 2, "defense.delta")
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert cli("train", *TINY_FLAGS, "--out", tmp_path / "run").code == 0
+
+
 def test_missing_and_foreign_runs(cli: Cli, tmp_path: Path) -> None:
     one_line(cli("attack", tmp_path / "none"), 3, "not a run directory")
     one_line(cli("report", tmp_path / "none"), 3, "not a run directory")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,11 +66,12 @@ def load_config_faces(config: Config, watch: Watch = silent) -> FaceSet:
     )  # fmt: skip
 
 
-def federation(setting: Setting, noise_key: int) -> Federation:
+def federation(setting: Setting) -> Federation:
+    """The federation of a setting, with a noise key that nobody knows; a run replaces it by its own."""
     config = setting.config
     return Federation(
         ALGORITHMS[config.federation.algorithm], config.spec(), config.schedule(), setting.parties, config.defense,
-        config.seed, noise_key, setting.device,
+        config.seed, secrets.randbits(256), setting.device,
     )  # fmt: skip
 
 

@@ -57,11 +57,12 @@ def train(
 
 def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callable[[], None]) -> dict[str, Any]:
     setting = prepare(config, watch)
+    parties = federation(setting)  # refuses what cannot be trained before anything is written
     if not run.exists:
         _start(setting, run)
     elif run.about().get("dataset") != setting.faces.fingerprint():
         raise RunError(f"{config.data.source} no longer holds the faces that {run.path} was trained on")
-    parties = federation(setting, run.noise_key(getattr(config.defense, "noise_seed", None)))
+    parties.noise_key = run.noise_key(getattr(config.defense, "noise_seed", None))
     run.update(defense=parties.defense.card())
     state = _rounds(setting, parties, run, watch, after_round)
     privacy = parties.defense.spent(state.ledger)
