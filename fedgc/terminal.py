@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -110,7 +111,6 @@ def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
         table.add_column(heading, overflow="fold")
     for entry in entries:
         if entry["refused"]:
-            table.add_row(entry["attack"], entry["threat"], "refused", f"[dim]{escape(entry['refused'])}[/dim]", "", "")
             continue
         variants = {"": entry, **{f" ({k})": v for k, v in entry.get("variants", {}).items()}}
         for suffix, shown in variants.items():
@@ -121,7 +121,15 @@ def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
                 cell = "" if chance is None else f"{chance:.3g}"
                 table.add_row(entry["attack"], entry["threat"], name + suffix, measured(m), cell, others)
         table.add_section()
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    for entry in entries:
+        if entry["refused"]:
+            console.print(
+                f"{entry['attack']} from {entry['threat']}: refused, {escape(entry['refused'])}",
+                style="yellow",
+                highlight=False,
+            )
     console.print("a failed or refused attack is not a guarantee", style="dim")
 
 
@@ -144,13 +152,20 @@ def listing_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def inspection(found: Mapping[str, Any]) -> None:
     console = out()
-    console.print(
-        f"{found['people']} people, {found['images']} usable photos in {escape(str(found['source']))}", highlight=False
-    )
-    for key in ("images_per_person", "formats", "sizes", "duplicates", "people_with_one_image", "splits"):
-        if found.get(key):
-            console.print(f"{key.replace('_', ' ')}: {escape(str(found[key]))}", highlight=False)
+    say = partial(console.print, highlight=False, markup=False)
+    say(f"{found['people']} people, {found['images']} usable photos in {found['source']}")
+    spread = found["images_per_person"]
+    if spread:
+        say(f"photos a person: {spread['min']} to {spread['max']}, median {spread['median']:g}")
+    say("formats: " + (", ".join(f"{name} {n}" for name, n in found["formats"].items()) or "none"))
+    for where, about in found["duplicates"].items():
+        if about["count"]:
+            say(
+                f"identical photos {where.replace('_', ' ')}: {about['count']}, for example {about['examples'][0]}",
+                style="yellow",
+            )
     for reason, about in found["skipped"].items():
-        console.print(f"skipped: {escape(str(reason))}: {escape(str(about))}", style="yellow", highlight=False)
+        more = ", ..." if about["count"] > len(about["examples"]) else ""
+        say(f"skipped {about['count']}: {reason}: {', '.join(map(str, about['examples']))}{more}", style="yellow")
     for line in found["suggestions"]:
-        console.print(f"• {escape(str(line))}", highlight=False)
+        say(f"• {line}")
