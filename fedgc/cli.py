@@ -261,8 +261,6 @@ def _interrupt(number: int, _frame: Any) -> None:
 
 def main() -> None:
     """Entry point: every error that a user can act on is one line and an exit code."""
-    # spinning threads make two processes on two cores many times slower than sleeping ones
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     verbose = "-v" in sys.argv[1:2] or "--verbose" in sys.argv[1:2]
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
