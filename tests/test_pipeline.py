@@ -87,6 +87,20 @@ def test_a_crash_between_rounds_changes_nothing(runs: dict[str, Path], tmp_path:
     assert resumed["privacy"] == document(RunDirectory(runs[which]))["privacy"]
 
 
+def test_a_start_that_was_cut_off_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = load_config(settings=TINY)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "begin", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "run")
+    with pytest.raises(UsageError, match="not empty"):
+        train(load_config(settings=(*TINY, "seed=5")), tmp_path / "run")
+    assert train(config, tmp_path / "run")["status"] == "finished"
+
+
 def test_the_untrained_baseline_is_untrained(runs: dict[str, Path]) -> None:
     values = {n: document(RunDirectory(runs[n]))["baselines"]["untrained"]["auc"]["value"] for n in ("fedavg", "fedgc")}
     assert values["fedavg"] == values["fedgc"]
