@@ -123,9 +123,17 @@ class RunDirectory:
         ledger = [asdict(charge) for charge in state.ledger]
         commit = {"round": t, "sha256": digest, "metrics": dict(metrics), "ledger": ledger}
         write_json(self._state(t, "json"), commit, PRIVATE)
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics()))
+        self._add_metrics(t, metrics)
         for old in self.rounds()[1:-2]:  # the first and the last two are kept whole
             self._state(old, "safetensors").unlink(missing_ok=True)
+
+    def _add_metrics(self, round: int, metrics: Mapping[str, Any]) -> None:
+        """One line more; all of them from the commits where a crash left the file short, or long."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines()[: round - 1] if path.exists() else []
+        if len(lines) < round - 1:
+            lines = [json.dumps(m) for m in self.metrics()[:-1]]
+        write_text(path, "\n".join([*lines, json.dumps(dict(metrics))]) + "\n")
 
     def rounds(self) -> list[int]:
         return sorted(int(p.stem.removeprefix("round-")) for p in (self.path / "state").glob("round-*.json"))

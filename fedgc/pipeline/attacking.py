@@ -62,22 +62,17 @@ def attack(
     chosen = [make_attack(name, settings) for name in attacks or ATTACKS]
     if path.is_file():
         seats = [_known(name, THREATS, "threat") for name in threats or ("outsider",)]
-        return _unless_all_refused([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
+        return _unless_only_refusal([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
     run = RunDirectory(path)
     run.finished()
     seats = [_known(name, THREATS, "threat") for name in threats or THREATS]
     at = recorded_rounds(run, round)
-    entries = [
-        entry
-        for a in chosen
-        for seat in seats
-        for t in at
-        for entry in _entries(run, a, seat, t, targets, force, watch)
-    ]
-    return _unless_all_refused(entries)
+    return _unless_only_refusal(
+        [_with_variants(run, a, seat, t, targets, force, watch) for a in chosen for seat in seats for t in at]
+    )
 
 
-def _unless_all_refused(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _unless_only_refusal(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A refusal is a result among others, and an error where it is all that was asked for."""
     if len(entries) == 1 and entries[0]["refused"]:
         raise RefusedError(f"{entries[0]['attack']} from the seat '{entries[0]['threat']}': {entries[0]['refused']}")
@@ -146,20 +141,20 @@ def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
     return [int(which)]
 
 
-def _entries(
+def _with_variants(
     run: RunDirectory, attack: Attack, threat: str, t: int, targets: int | None, force: bool, watch: Watch
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """The result of one attack from one seat; for single steps the smallest batch leads, and others are variants."""
     results = [_result(run, job, force, watch) for job in _jobs(run, attack, threat, t, targets)]
     if not results:
-        return [
-            _entry(run.path, attack, threat, t, (), f"no single steps were recorded in round {t}: record.victims was 0")
-        ]
+        return _entry(
+            run.path, attack, threat, t, (), f"no single steps were recorded in round {t}: record.victims was 0"
+        )
     first, *others = results
     if others and not first["refused"]:
         keys = ("targets", "seconds", "refused", "metrics", "baselines", "samples")
         first = {**first, "variants": {f"batch_size={r['batch_size']}": {k: r[k] for k in keys} for r in others}}
-    return [first]
+    return first
 
 
 def _jobs(run: RunDirectory, attack: Attack, threat: str, t: int, targets: int | None) -> list[Job]:
@@ -183,22 +178,22 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     about = run.about()
     auxiliary, gallery = run.load_knowledge()
     knowledge = Knowledge(auxiliary, gallery)
-    observations, found, left = {}, {}, job.targets
+    found, left = {}, job.targets
+    granted: tuple[str, ...] = ()
     for name in job.transcripts:
         if left is not None and left <= 0:
             break
         observation, photos = limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), left)
         refusal = centralized_refusal(observation) or job.attack.refusal(observation)
+        granted = observation.granted
         if refusal:
-            entry = _entry(run.path, job.attack, job.threat, job.round, observation.granted, refusal, job.batch_size)
+            entry = _entry(run.path, job.attack, job.threat, job.round, granted, refusal, job.batch_size)
             write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
             return entry
         draw = generator(about["seed"], "attack", job.attack.name, job.threat, name)
         stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
         found[name] = job.attack(observation, draw, partial(watch, stage))
-        observations[name] = observation
         left = None if left is None else left - photos
-    granted = next(iter(observations.values())).granted
     scores = _scores(run, job, found, auxiliary)
     entry = _entry(run.path, job.attack, job.threat, job.round, granted, None, job.batch_size)
     entry.update(
