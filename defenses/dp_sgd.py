@@ -42,6 +42,7 @@ class DPSGD(Defense):
     max_grad_norm: float = Field(default=1.0, gt=0)
     unit: Literal["image"] = "image"
     noise_seed: int | None = None
+    per_photo: ClassVar[bool] = True
     summary: ClassVar[str] = "clip and noise every photo's gradient (Opacus), accounted over the whole run"
 
     @model_validator(mode="after")
@@ -102,10 +103,10 @@ class DPSGD(Defense):
             loss_reduction="mean",
             generator=on_device(noise, device),
         )
+        # for good: clients that train side by side share one list of filters
+        warnings.filterwarnings("ignore", message="Full backward hook")
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Full backward hook")
-                yield LocalSession(private, batches, bounded=True)
+            yield LocalSession(private, batches, bounded=True)
         finally:
             hooks.cleanup()
             for parameter in module.parameters():

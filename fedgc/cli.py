@@ -82,7 +82,7 @@ def data_inspect(path: str, as_json: bool) -> None:
 @cli.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--data", "source", help="synthetic, synthetic:PEOPLExPHOTOS, or a folder with one sub-folder a person.")
-@click.option("--algorithm", help="centralized, fedavg, fedpe or fedgc.")
+@click.option("--algorithm", help="centralized, local, fedavg, fedpe, fedgc, fedcos or fedaws.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run directory. [default: runs/<algorithm>-<defense>-<hash>]"
 )
@@ -126,6 +126,8 @@ def train(
         click.echo(f"stopped; go on with: fedgc-priv train --out {out} --resume", err=True)
         sys.exit(stop.code)
     name_skipped(result)
+    for note in result["notes"]:
+        click.echo(f"note: {note}", err=True)
     show(as_json, result, lambda ui: ui.training(result))
 
 

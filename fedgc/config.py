@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from defenses.registry import AnyDefense
+from fedgc.algorithms import Push
 from fedgc.errors import UsageError
 from fedgc.federation import Schedule
 from fedgc.types import ModelSpec
@@ -48,23 +49,31 @@ class Model(Section):
 
 
 class Head(Section):
-    """margin_size: m of CosFace or ArcFace; lr_factor: learning rate of class embeddings over the backbone's."""
+    """margin_size: m of CosFace or ArcFace; lr_factor: learning rate of class embeddings over the backbone's.
+
+    softmax: "own" counts the classes that a party holds, as the paper's private softmax does; "everybody" counts all, those
+    of others as one logit for strangers at cosine zero (`fedgc.heads.loss`).
+    """
 
     margin: Literal["none", "cosface", "arcface"] = "cosface"
     margin_size: float = Field(default=0.25, ge=0, le=1)
     scale: float = Field(default=30.0, gt=0, le=256)
     lr_factor: float = Field(default=4.0, gt=0)
+    softmax: Literal["own", "everybody"] = "own"
 
 
 class FederationSection(Section):
-    """lr is the peak of a warmed-up cosine over rounds; participation: share of clients in each round.
+    """clients: how many, or "people" for one client a person; unevenness: spread (standard deviation of the logarithm) of
+    people over clients; participation: share of clients in each round. lr is the peak of a warmed-up cosine over rounds.
 
     clip_norm bounds the gradient of a batch (0: not at all), for stability and not for privacy: a cosine head's gradient is
-    long at first.
+    long at first. precision: of convolutions and matrix products. The server adds server_lr times its momentum (decay
+    server_momentum) to the model: FedAvgM.
     """
 
-    algorithm: Literal["centralized", "fedavg", "fedpe", "fedgc"] = "fedgc"
-    clients: int = Field(default=4, ge=1)
+    algorithm: Literal["centralized", "local", "fedavg", "fedpe", "fedgc", "fedcos", "fedaws"] = "fedgc"
+    clients: Literal["people"] | Annotated[int, Field(ge=1)] = 4
+    unevenness: float = Field(default=0.0, ge=0, le=3)
     rounds: int = Field(default=24, ge=1)
     local_epochs: int = Field(default=2, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -73,13 +82,30 @@ class FederationSection(Section):
     weight_decay: float = Field(default=5e-4, ge=0)
     clip_norm: float = Field(default=2.0, ge=0)
     participation: float = Field(default=1.0, gt=0, le=1)
+    server_lr: float = Field(default=1.0, gt=0)
+    server_momentum: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 class Correction(Section):
-    """FedGC's server step: weight λ (times the learning rate) and the scale s inside its softmax."""
+    """The server's push on class embeddings (fedgc, fedcos, fedaws); see `fedgc.algorithms.Push` for each key.
 
-    weight: float = Field(default=50.0, ge=0)
+    weight: λ, times the learning rate; "auto" gives as many pushes as centralised training would. scale: s inside FedGC's
+    softmax. normalised = false: raw inner products without a scale, as the paper writes it.
+    """
+
+    weight: Literal["auto"] | Annotated[float, Field(ge=0)] = "auto"
     scale: float = Field(default=8.0, gt=0, le=256)
+    normalised: bool = True
+    all_classes: bool = False
+    margin: float = Field(default=1.0, gt=0, le=2)
+    squared: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
+    sample_above: int = Field(default=200_000, ge=2)
+
+    def push(self) -> Push:
+        values = self.model_dump()
+        return Push(**{**values, "weight": None if self.weight == "auto" else self.weight})
 
 
 class Record(Section):
@@ -92,6 +118,10 @@ class Record(Section):
     clients: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     victims: int = Field(default=8, ge=0)
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 4)
+
+    def keeps(self, client: int) -> bool:
+        """Whether the updates of this client are kept; messages to it always are."""
+        return self.clients == "all" or client < self.clients
 
     def at(self, round: int, last: int) -> bool:
         match self.rounds:
@@ -106,9 +136,12 @@ class Record(Section):
 
 
 class Config(Section):
+    """workers: clients trained side by side on the CPU, "auto" for one a thread; each has its share of the threads."""
+
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["inprocess"] = "inprocess"
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     data: Data = Data()
     model: Model = Model()
     head: Head = Head()
@@ -117,17 +150,21 @@ class Config(Section):
     defense: AnyDefense = Field(default_factory=lambda: get_args(get_args(AnyDefense)[0])[0]())
     record: Record = Record()
 
-    def spec(self) -> ModelSpec:
+    def spec(self, classes: int = 0) -> ModelSpec:
+        """classes: people in the whole federation, for a softmax that counts them."""
         m, h = self.model, self.head
-        return ModelSpec(m.backbone, m.norm, m.embedding_size, self.data.image_size, h.margin, h.margin_size, h.scale)
+        return ModelSpec(
+            m.backbone, m.norm, m.embedding_size, self.data.image_size, h.margin, h.margin_size, h.scale,
+            classes if h.softmax == "everybody" else 0,
+        )  # fmt: skip
 
     def schedule(self) -> Schedule:
-        f, c = self.federation, self.correction
+        f = self.federation
         return Schedule(
             rounds=f.rounds, local_epochs=f.local_epochs, batch_size=f.batch_size, lr=f.lr,
             head_lr_factor=self.head.lr_factor, momentum=f.momentum, weight_decay=f.weight_decay, clip_norm=f.clip_norm or None,
-            participation=f.participation, correction_weight=c.weight, correction_scale=c.scale,
-            augment=self.data.augment,
+            participation=f.participation, push=self.correction.push(), augment=self.data.augment, server_lr=f.server_lr,
+            server_momentum=f.server_momentum, precision=f.precision,
         )  # fmt: skip
 
     def to_toml(self) -> str:

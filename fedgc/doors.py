@@ -40,6 +40,7 @@ class Defense(Named):
     """
 
     summary: ClassVar[str] = ""
+    per_photo: ClassVar[bool] = False  # needs the gradient of each photo, in full precision
 
     def prepared(self, clients: Sequence[ClientPlan]) -> Defense:
         return self

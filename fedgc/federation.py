@@ -7,53 +7,34 @@ client, so that a resumed run needs no replay and recording does not disturb tra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgc.algorithms import Algorithm, RunningMean, backbone_part, owner_tensor
 from fedgc.doors import ClientPlan, Defense
+from fedgc.errors import UsageError
 from fedgc.heads import CosineHead, initial_rows
 from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
 from fedgc.models import FaceModel, build_backbone, state_tensors
-from fedgc.rng import generator
-from fedgc.types import BACKBONE, HEAD, ClientUpdate, LocalConstants, ModelSpec, State, Tensors, Transcript, Truth
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The numbers of a federation; lr is the peak, warmed up over the first rounds and then lowered along a cosine."""
-
-    rounds: int
-    local_epochs: int
-    batch_size: int
-    lr: float
-    head_lr_factor: float
-    momentum: float
-    weight_decay: float
-    clip_norm: float | None
-    participation: float
-    correction_weight: float
-    correction_scale: float
-    augment: bool
-    warmup_rounds: int = 2
-
-    def lr_at(self, round: int) -> float:
-        """Learning rate of round 1..rounds."""
-        warm = min(1.0, round / (self.warmup_rounds + 1))
-        return self.lr * warm * 0.5 * (1 + math.cos(math.pi * (round - 1) / self.rounds))
-
-
-@dataclass(frozen=True)
-class Party:
-    """One client: its photos (uint8), their classes, and the classes it owns. Classes run from 0 in order of clients."""
-
-    client: int
-    photos: Tensor
-    labels: Tensor
-    classes: tuple[int, ...]
+from fedgc.rng import generator, on_device
+from fedgc.schedule import Party, Schedule
+from fedgc.types import (
+    BACKBONE,
+    HEAD,
+    Charge,
+    ClientUpdate,
+    LocalConstants,
+    ModelSpec,
+    State,
+    Tensors,
+    Transcript,
+    Truth,
+)
+from fedgc.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -68,8 +49,23 @@ Where = tuple[int | str, ...]  # names a round or a recorded step among the rand
 
 
 @dataclass
+class Collected:
+    """What the server gathers while clients report, in one accumulator; ``updates`` are those that are kept for the record."""
+
+    rows: Tensor
+    mean: RunningMean = field(default_factory=RunningMean)
+    updates: dict[int, ClientUpdate] = field(default_factory=dict)
+    charges: tuple[Charge, ...] = ()
+    losses: list[float] = field(default_factory=list)
+    images: int = 0
+
+
+@dataclass
 class Federation:
-    """Parties, scheme and defense, with one resident model that every client trains in turn."""
+    """Parties, scheme and defense, with a resident model for each worker that every client trains in turn.
+
+    workers: clients trained side by side, each with its share of the threads.
+    """
 
     algorithm: Algorithm
     spec: ModelSpec
@@ -79,14 +75,27 @@ class Federation:
     seed: int
     noise_key: int
     device: torch.device
+    workers: int = 1
 
     def __post_init__(self) -> None:
-        self.backbone = build_backbone(self.spec, self.seed).to(self.device)
-        self.backbone.to(memory_format=torch.channels_last)  # the faster layout for convolutions on a CPU
+        count = min(self.workers, len(self.parties)) if self.device.type == "cpu" else 1
+        self.crew = Workers([self._fresh().to(memory_format=torch.channels_last) for _ in range(count)])
         self.owners = tuple(p.client for p in self.parties for _ in p.classes)
         module = FaceModel(self.backbone, CosineHead(1, self.spec.embedding_size))
         self.defense.check_module(module)
+        if self.defense.per_photo and self.schedule.precision != "float32":
+            raise UsageError(
+                f"{self.defense.name} needs federation.precision = float32: it clips the gradient of each photo"
+            )
         self.defense = self.defense.prepared([self.plan(p) for p in self.parties])
+
+    def _fresh(self) -> nn.Module:
+        return build_backbone(self.spec, self.seed).to(self.device)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """A resident network; it holds whatever was trained last."""
+        return self.crew.models[0]
 
     @property
     def classes(self) -> int:
@@ -97,10 +106,17 @@ class Federation:
         per_round = self.schedule.local_epochs * math.ceil(n / batch)
         return ClientPlan(party.client, n, batch, per_round * self.schedule.rounds)
 
+    @cached_property
+    def push_weight(self) -> float:
+        """λ: as given, or as many pushes a round as a class embedding would get in centralised training."""
+        if self.schedule.push.weight is not None:
+            return self.schedule.push.weight
+        steps = self.schedule.participation * sum(self.plan(p).steps for p in self.parties) / self.schedule.rounds
+        return self.schedule.head_lr_factor * steps / self.classes
+
     def initial_state(self) -> State:
         rows = initial_rows(self.classes, self.spec.embedding_size, generator(self.seed, "rows"))
-        fresh = build_backbone(self.spec, self.seed)  # the resident one holds whatever was trained last
-        backbone = {BACKBONE + name: tensor.to(self.device) for name, tensor in state_tensors(fresh).items()}
+        backbone = {BACKBONE + name: tensor for name, tensor in state_tensors(self._fresh()).items()}
         return State(0, backbone, rows.to(self.device))
 
     def constants(self, round: int) -> LocalConstants:
@@ -116,6 +132,8 @@ class Federation:
             None,
             s.augment,
             self.defense.card(),
+            s.server_lr,
+            s.precision,
         )
 
     def participants(self, round: int) -> list[Party]:
@@ -123,90 +141,113 @@ class Federation:
         order = torch.randperm(len(self.parties), generator=generator(self.seed, "participants", round))
         return [self.parties[i] for i in sorted(order[:count].tolist())]
 
-    def play(self, state: State) -> RoundResult:
-        """One round of training from ``state``."""
+    def play(self, state: State, keep: Callable[[int], bool] = lambda client: True) -> RoundResult:
+        """One round of training from ``state``. keep: whose updates stay in the transcript."""
         t = state.round + 1
-        constants = self.constants(t)
-        rounds = [(party, self._train(party, state, t, constants)) for party in self.participants(t)]
-        return self._finish(state, t, ("round", t), constants, rounds)
+        return self._play(state, ("round", t), self.constants(t), self.participants(t), keep)
 
-    def play_step(self, state: State, number: int, photos: Tensor, labels: Tensor) -> tuple[Transcript, Truth]:
+    def play_step(
+        self,
+        state: State,
+        number: int,
+        photos: Tensor,
+        labels: Tensor,
+        keep: Callable[[int], bool] = lambda client: True,
+    ) -> tuple[Transcript, Truth]:
         """A recorded single step at ``state``: client k on photos[k] (B, 3, S, S) with classes labels[k]. See `Transcript`."""
         t = state.round + 1
         constants = replace(self.constants(t), batch_size=photos.shape[1], steps=1, momentum=0.0, augmented=False)
         parties = [replace(p, photos=x, labels=y) for p, x, y in zip(self.parties, photos, labels, strict=True)]
-        results = [(p, self._train(p, state, t, constants, step=number)) for p in parties]
-        tag = ("step", t, photos.shape[1], number)
-        transcript = self._finish(state, t, tag, constants, results).transcript
+        transcript = self._play(state, ("step", t, photos.shape[1], number), constants, parties, keep).transcript
         return transcript, Truth(tuple(p.client for p in parties), photos.cpu().float() / 255, labels.cpu())
+
+    def _play(
+        self,
+        state: State,
+        where: Where,
+        constants: LocalConstants,
+        parties: Sequence[Party],
+        keep: Callable[[int], bool],
+    ) -> RoundResult:
+        """Clients train, each update is added up as it arrives, and the server makes the next state of the sum."""
+        examples = {p.client: len(p.photos) for p in parties}
+        got = Collected(state.rows.clone())
+        train = lambda backbone, party: self._train(backbone, party, state, constants, where)  # noqa: E731
+        for party, result in zip(parties, self.crew.map(train, parties), strict=True):
+            self._collect(got, party, result, examples, where, keep)
+        new, carried, returned = self._next(state, got, constants, where)
+        transcript = self._transcript(state, new, where, constants, got.updates, returned, examples, carried)
+        return RoundResult(new, transcript, sum(got.losses) / max(1, len(got.losses)), got.images)
 
     def _visible_rows(self, party: Party) -> tuple[int, ...]:
         return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
 
     def _train(
-        self, party: Party, state: State, t: int, constants: LocalConstants, step: int | None = None
+        self, backbone: nn.Module, party: Party, state: State, constants: LocalConstants, where: Where
     ) -> LocalResult:
-        rows = self._visible_rows(party)
-        model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
+        """The client's half: what ``party`` makes of the state, in a round on all its photos or in a single step on them."""
+        rows, single = self._visible_rows(party), where[0] == "step"
+        model = FaceModel(backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
         load_tensors(model, {**state.backbone, HEAD: state.rows[list(rows)]})
-        model.train(step is None)
-        labels = party.labels.to(self.device) - rows[0]
-        where: tuple[int | str, ...] = (
-            (t, party.client) if step is None else (t, party.client, "step", len(party.photos), step)
-        )
-        noise = generator(self.noise_key, "noise", *where)
-        s, plan = self.schedule, self.plan(party)
-        if step is None:
-            batches = epoch_batches(
-                plan.images, plan.batch_size, s.local_epochs, generator(self.seed, "batches", *where)
-            )
-            sampling = generator(self.noise_key, "sampling", *where)  # amplification needs it secret
-        else:
+        model.train(not single)
+        draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
+        if single:
             plan = ClientPlan(party.client, len(party.photos), len(party.photos), 1)
             batches, sampling = iter([torch.arange(len(party.photos))]), None
-        augmenting = generator(self.seed, "augment", *where) if constants.augmented else None
+        else:
+            plan = self.plan(party)
+            batches = epoch_batches(
+                plan.images, plan.batch_size, self.schedule.local_epochs, draw(self.seed, "batches")
+            )
+            sampling = draw(self.noise_key, "sampling")  # amplification needs it secret
         return train_locally(
-            model, party.photos, labels, batches, constants, self.defense, plan,
-            sampling=sampling, augmenting=augmenting, noise=noise,
+            model, party.photos, party.labels.to(self.device) - rows[0], batches, constants, self.defense, plan,
+            sampling=sampling, augmenting=draw(self.seed, "augment") if constants.augmented else None,
+            noise=draw(self.noise_key, "noise"),
         )  # fmt: skip
 
-    def _finish(
-        self, state: State, t: int, where: Where, constants: LocalConstants, results: list[tuple[Party, LocalResult]]
-    ) -> RoundResult:
-        """What leaves the clients, what the server makes of it, and the record of both."""
-        updates = {party.client: self._sent(party, result, where) for party, result in results}
-        delta, W = self._aggregated(state, results, updates, where)
-        backbone = {name: tensor + delta[name] for name, tensor in state.backbone.items()}
-        s, owner = self.schedule, owner_tensor(self.owners, W.device)
-        W = self.algorithm.next_rows(W, owner, s.correction_weight, s.correction_scale, constants.lr)
+    def _stream(self, party: Party, where: Where) -> Where:
+        if where[0] == "round":
+            return where[1], party.client
+        _, t, batch, number = where
+        return t, party.client, "step", batch, number
+
+    def _collect(
+        self, got: Collected, party: Party, result: LocalResult, examples: Mapping[int, int], where: Where,
+        keep: Callable[[int], bool],
+    ) -> None:  # fmt: skip
+        """What one client uploads (private class embeddings stay at home), added to what the server holds."""
+        k, private = party.client, self.algorithm.head == "private"
+        update = ClientUpdate(k, backbone_part(result.delta) if private else result.delta, examples[k])
+        update = self.defense.outgoing(update, generator(self.noise_key, "outgoing", *where, k))
+        shared = update.tensors if self.algorithm.head == "shared" else backbone_part(update.tensors)
+        got.mean.add(shared, examples[k] / sum(examples.values()))
+        if self.algorithm.head != "shared":
+            got.rows[list(party.classes)] += (result.delta if private else update.tensors)[HEAD]
+        if keep(k):
+            got.updates[k] = update
+        charge = self.defense.charge(self.plan(party), int(where[1]), result.steps)
+        got.charges += (charge,) if charge is not None else ()
+        got.losses += [] if math.isnan(result.loss) else [result.loss]
+        got.images += result.images
+
+    def _next(
+        self, state: State, got: Collected, constants: LocalConstants, where: Where
+    ) -> tuple[State, Tensors, dict[int, Tensors]]:
+        """The server's half: the next state, the momentum that went into it, and the class embeddings it returns."""
+        decay, rate, W = self.schedule.server_momentum, self.schedule.server_lr, got.rows
+        delta = self.defense.aggregated(got.mean.total, generator(self.noise_key, "aggregated", *where))
+        carried = {name: decay * tensor for name, tensor in state.momentum.items()}
+        momentum = {name: tensor + carried[name] if carried else tensor for name, tensor in delta.items()}
+        backbone = {name: tensor + rate * momentum[name] for name, tensor in state.backbone.items()}
+        if self.algorithm.head == "shared":
+            W = W + rate * momentum[HEAD]
+        owner, draw = owner_tensor(self.owners, W.device), generator(self.seed, "negatives", *where)
+        step = self.push_weight * constants.lr
+        W = self.algorithm.next_rows(W, owner, self.schedule.push, step, on_device(draw, W.device))
         W, returned = self._returned(W, where)
-        charges = [c for p, r in results if (c := self.defense.charge(self.plan(p), t, r.steps)) is not None]
-        new = State(t, backbone, W, state.ledger + tuple(charges))
-        examples = {k: u.num_examples for k, u in updates.items()}
-        transcript = self._transcript(state, new, where, constants, updates, returned, examples)
-        losses = [r.loss for _, r in results if not math.isnan(r.loss)]
-        return RoundResult(new, transcript, sum(losses) / max(1, len(losses)), sum(r.images for _, r in results))
-
-    def _sent(self, party: Party, result: LocalResult, where: Where) -> ClientUpdate:
-        """What one client uploads: private class embeddings stay at home."""
-        sent = backbone_part(result.delta) if self.algorithm.head == "private" else result.delta
-        update = ClientUpdate(party.client, sent, len(party.photos))
-        return self.defense.outgoing(update, generator(self.noise_key, "outgoing", *where, party.client))
-
-    def _aggregated(
-        self, state: State, results: list[tuple[Party, LocalResult]], updates: dict[int, ClientUpdate], where: Where
-    ) -> tuple[Tensors, Tensor]:
-        """The weighted mean update, and all class embeddings after it: averaged, stacked, or moved at home."""
-        shared, stacked = self.algorithm.head == "shared", self.algorithm.head == "stacked"
-        total = sum(u.num_examples for u in updates.values())
-        W, mean = state.rows.clone(), RunningMean()
-        for party, result in results:
-            update = updates[party.client]
-            mean.add(update.tensors if shared else backbone_part(update.tensors), update.num_examples / total)
-            if not shared:
-                W[list(party.classes)] += (update.tensors if stacked else result.delta)[HEAD]
-        delta = self.defense.aggregated(mean.total, generator(self.noise_key, "aggregated", *where))
-        return delta, W + delta[HEAD] if shared else W
+        ledger = state.ledger + got.charges
+        return State(state.round + 1, backbone, W, ledger, momentum if decay else {}), carried, returned
 
     def _returned(self, W: Tensor, where: Where) -> tuple[Tensor, dict[int, Tensors]]:
         if self.algorithm.head != "stacked":
@@ -222,7 +263,7 @@ class Federation:
 
     def _transcript(
         self, old: State, new: State, where: Where, constants: LocalConstants,
-        updates: dict[int, ClientUpdate], returned: dict[int, Tensors], examples: dict[int, int],
+        updates: dict[int, ClientUpdate], returned: dict[int, Tensors], examples: dict[int, int], carried: Tensors,
     ) -> Transcript:  # fmt: skip
         shared, stacked = self.algorithm.head == "shared", self.algorithm.head == "stacked"
         head_of = lambda s: {HEAD: s.rows} if shared else {}  # noqa: E731
@@ -240,40 +281,9 @@ class Federation:
             rows={p.client: self._visible_rows(p) for p in self.parties} if shared or stacked else {},
             owners=self.owners,
             examples=examples,
+            carried=carried,
         )
 
 
 def round_half_up(x: float) -> int:
     return math.floor(x + 0.5)
-
-
-def victims(parties: Sequence[Party], batch: int, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """The manifest of recorded steps: enough batches of every client to hold ``count`` photos, drawn by the seed.
-
-    Returns photos uint8 (K, batch, 3, S, S) and labels (K, batch) for each recorded step. Independent of algorithm and
-    defense, so that every cell of a comparison is attacked on the same photos.
-    """
-    usable = min(len(p.photos) for p in parties)
-    steps = min(math.ceil(count / (len(parties) * batch)), usable // batch)
-    picks = [
-        torch.randperm(len(p.photos), generator=generator(seed, "victims", batch, p.client))[: steps * batch]
-        for p in parties
-    ]
-    out = []
-    for n in range(steps):
-        index = [pick[n * batch : (n + 1) * batch] for pick in picks]
-        photos = torch.stack([p.photos[i.to(p.photos.device)] for p, i in zip(parties, index, strict=True)])
-        labels = torch.stack([p.labels[i.to(p.labels.device)] for p, i in zip(parties, index, strict=True)])
-        out.append((photos, labels))
-    return out
-
-
-def manifest_hash(recorded: Sequence[tuple[Tensor, Tensor]]) -> str:
-    """SHA-256 of the victims' photos and classes, printed beside every attack figure."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for photos, labels in recorded:
-        digest.update(photos.cpu().contiguous().numpy().tobytes())
-        digest.update(labels.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

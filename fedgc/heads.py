@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fedgc.types import ModelSpec
 
+PULLED = 0.9  # cosine to the own class embedding from which the pull ends
+
 
 class CosineHead(nn.Module):
     """One class embedding a row, no bias: (B, d) features -> (B, C) cosines."""
@@ -50,7 +52,19 @@ def _arcface(cosines: Tensor, margin: float) -> Tensor:
 
 
 def loss(cosines: Tensor, labels: Tensor, spec: ModelSpec) -> Tensor:
-    """Mean cross entropy of the margin logits; zero (with a gradient of zero) for an empty batch."""
+    """Mean cross entropy of the margin logits; zero (with a gradient of zero) for an empty batch.
+
+    Classes of ``spec.softmax_classes`` that have no column are strangers whose rows nobody here may see: in a space of
+    many dimensions their cosine is near zero, so that together they weigh as one logit of log(their number). Where one
+    class is counted in all, the softmax would be constant: what is left is the pull of FedAwS (Yu et al. 2020).
+    """
     if labels.numel() == 0:
         return cosines.sum()
-    return F.cross_entropy(margin_logits(cosines, labels, spec), labels)
+    logits = margin_logits(cosines, labels, spec)
+    absent = spec.softmax_classes - cosines.shape[1]
+    if absent > 0:
+        strangers = logits.new_full((len(logits), 1), math.log(absent))
+        logits = torch.cat([logits, strangers], dim=1)
+    if logits.shape[1] == 1:
+        return spec.scale * F.relu(PULLED - cosines).square().mean()
+    return F.cross_entropy(logits, labels)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgc import heads
 from fedgc.doors import ClientPlan, Defense
@@ -43,19 +44,52 @@ def epoch_batches(count: int, batch_size: int, epochs: int, generator: torch.Gen
                 yield batch
 
 
+ZOOM, SHIFT, TURN, BRIGHTNESS, CONTRAST, TINT = (
+    0.1,
+    0.1,
+    0.12,
+    0.2,
+    0.2,
+    0.06,
+)  # most in either direction; TURN in radians
+
+
 def augment(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift, scale and brighten each photo of a batch by its own random amount."""
+    """Mirror, shift, turn and scale each photo of a batch, and change its light, by random amounts of its own."""
     n = len(x)
-    draw = torch.rand(n, 5, generator=generator).to(x.device) * 2 - 1
-    zoom = 1 + 0.08 * draw[:, 0]
-    mirror = torch.where(draw[:, 1] < 0, -1.0, 1.0)
-    zero = torch.zeros_like(zoom)
-    theta = torch.stack(
-        [torch.stack([zoom * mirror, zero, 0.1 * draw[:, 2]], 1), torch.stack([zero, zoom, 0.1 * draw[:, 3]], 1)], 1
-    )
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    draw = (torch.rand(n, 10, generator=generator) * 2 - 1).to(x.device)
+    zoom, turn = 1 + ZOOM * draw[:, 0], TURN * draw[:, 1]
+    mirror = torch.where(draw[:, 2] < 0, -1.0, 1.0)
+    cos, sin = zoom * turn.cos(), zoom * turn.sin()
+    rows = torch.stack([cos * mirror, -sin, SHIFT * draw[:, 3], sin * mirror, cos, SHIFT * draw[:, 4]], dim=1)
+    grid = F.affine_grid(rows.view(n, 2, 3), list(x.shape), align_corners=False)
     moved = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    return (moved * (1 + 0.2 * draw[:, 4, None, None, None])).clamp(0, 1)
+    light = 1 + BRIGHTNESS * draw[:, 5, None] + TINT * draw[:, 7:]
+    grey = moved.mean(dim=(1, 2, 3), keepdim=True)
+    return ((grey + (1 + CONTRAST * draw[:, 6, None, None, None]) * (moved - grey)) * light[:, :, None, None]).clamp_(
+        0, 1
+    )
+
+
+@contextmanager
+def products_in_bfloat16(backbone: nn.Module) -> Iterator[None]:
+    """Convolutions and matrix products of the backbone in bfloat16; norms, whose bfloat16 kernels are slow on a CPU, in float32.
+    Weights stay float32, and so does all that comes after the backbone."""
+    norms = [m for m in backbone.modules() if isinstance(m, nn.GroupNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),)) for norm in norms]
+    forward = backbone.forward
+
+    def forward_in_bfloat16(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return forward(x).float()
+
+    backbone.forward = forward_in_bfloat16
+    try:
+        yield
+    finally:
+        del backbone.forward  # the class has its own
+        for hook in hooks:
+            hook.remove()
 
 
 def train_locally(
@@ -84,7 +118,8 @@ def train_locally(
     optimizer = torch.optim.SGD(groups, momentum=constants.momentum, weight_decay=constants.weight_decay)
     losses: list[Tensor] = []
     steps = images = 0
-    with defense.local_training(model, optimizer, batches, plan, sampling, noise) as session:
+    half = products_in_bfloat16(model.backbone) if constants.precision == "bfloat16" else nullcontext()
+    with half, defense.local_training(model, optimizer, batches, plan, sampling, noise) as session:
         for index in session.batches:
             index = index.to(photos.device)
             x = photos[index].float() / 255

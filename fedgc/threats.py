@@ -128,9 +128,11 @@ def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
 
 
 def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
-    """Everybody else's mean update: the change of the global model less one's own share."""
+    """Everybody else's mean update: the change of the global model less the server's momentum and one's own share."""
     shared = [name for name in transcript.released if name in transcript.broadcast]
     change = {name: transcript.released[name] - transcript.broadcast[name] for name in shared}
+    change = {name: delta / transcript.constants.server_lr for name, delta in change.items()}
+    change = {name: delta - transcript.carried[name] if transcript.carried else delta for name, delta in change.items()}
     others = tuple(k for k in transcript.examples if k != seat)
     own = transcript.weight(seat)
     if own:

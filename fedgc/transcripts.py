@@ -19,6 +19,7 @@ def transcript_name(round: int, batch: int | None = None, number: int = 0) -> st
 def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"broadcast/{name}": x for name, x in t.broadcast.items()}
     tensors |= {f"released/{name}": x for name, x in t.released.items()}
+    tensors |= {f"carried/{name}": x for name, x in t.carried.items()}
     for place, messages in (("sent", t.sent), ("returned", t.returned)):
         tensors |= {f"{place}/{k}/{name}": x for k, message in messages.items() for name, x in message.items()}
     tensors |= {f"updates/{k}/{name}": x for k, u in t.updates.items() for name, x in u.tensors.items()}
@@ -31,7 +32,7 @@ def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Transcript:
-    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}}
+    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}, "carried": {}}
     private: dict[str, dict[int, dict[str, Tensor]]] = {"sent": {}, "returned": {}, "updates": {}}
     for key, tensor in tensors.items():
         place, rest = key.split("/", 1)

@@ -26,7 +26,11 @@ HEAD = "head.weight"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that is needed to build the network that a party runs; public."""
+    """Everything that is needed to build and train the network that a party runs; public.
+
+    softmax_classes: how many classes the softmax counts. Those that a party does not hold stand in its denominator at
+    cosine zero, where a random stranger is; 0 counts held classes only, as the paper does.
+    """
 
     backbone: str
     norm: Literal["group", "batch"]
@@ -35,6 +39,7 @@ class ModelSpec:
     margin: Literal["none", "cosface", "arcface"]
     margin_size: float
     scale: float
+    softmax_classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class LocalConstants:
     The head's learning rate is ``lr * head_lr_factor``; the gradient of a whole batch is shortened to ``clip_norm``.
     ``steps`` is None where clients take different numbers of steps. ``defense`` is the defense card: mechanism and
     its public parameters, which a strong attacker knows. ``augmented`` says whether training saw transformed photos.
+    ``server_lr`` multiplies the mean update. precision: of convolutions and matrix products in local training.
     """
 
     spec: ModelSpec
@@ -56,6 +62,8 @@ class LocalConstants:
     steps: int | None
     augmented: bool
     defense: Mapping[str, Any] = field(default_factory=dict)
+    server_lr: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def lr_of(self, name: str) -> float:
         """Learning rate of a named parameter."""
@@ -91,6 +99,7 @@ class Transcript:
     rows        class of each row of client k's ``head.weight``
     owners      the client of each class
     examples    photos of each client that took part; its share of them is its weight in the aggregate
+    carried     the server's momentum before this round, times its decay: known to all who saw the last two broadcasts
     """
 
     algorithm: str
@@ -105,6 +114,7 @@ class Transcript:
     rows: Mapping[int, tuple[int, ...]]
     owners: tuple[int, ...]
     examples: Mapping[int, int]
+    carried: Tensors = field(default_factory=dict)
 
     def weight(self, client: int) -> float:
         """Aggregation weight of a client; zero where it took no part."""
@@ -277,9 +287,11 @@ class Charge:
 
 @dataclass(frozen=True)
 class State:
-    """All that the next round needs. rows: (C, d) class embeddings in order of classes."""
+    """All that the next round needs. rows: (C, d) class embeddings in order of classes; momentum: the server's, keyed
+    like what it averages, empty without server momentum."""
 
     round: int
     backbone: dict[str, Tensor]
     rows: Tensor
     ledger: tuple[Charge, ...] = ()
+    momentum: dict[str, Tensor] = field(default_factory=dict)

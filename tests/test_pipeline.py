@@ -28,7 +28,7 @@ def test_the_document_of_a_run_is_the_contract(runs: dict[str, Path]) -> None:
     result = document(RunDirectory(runs["fedgc"]))
     assert set(result) == {
         "run", "status", "algorithm", "rounds", "seconds", "images_per_second", "utility", "baselines", "privacy",
-        "skipped", "skipped_files",
+        "skipped", "skipped_files", "notes",
     }  # fmt: skip
     assert result["privacy"] is None
     for name in ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1"):

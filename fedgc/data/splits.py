@@ -23,7 +23,7 @@ SMALLEST_POOL = 5  # 2 + 2 + 1: an impostor pair needs two people
 FEWEST_PEOPLE = 8
 FEWEST_TRAINED = 2
 
-_MOVE, _DEAL, _GALLERY, _CLIENTS = 1, 2, 3, 4  # each use of a seed has a stream of its own
+_MOVE, _DEAL, _GALLERY, _CLIENTS, _SIZES = 1, 2, 3, 4, 5  # each use of a seed has a stream of its own
 
 _IDENTITIES = ("train", "calibration", "test", "auxiliary")
 _IMAGES = ("train_images", "gallery_images")
@@ -137,8 +137,10 @@ def too_few(counts: Sequence[int], min_images: int) -> str | None:
     return None
 
 
-def partition(train: Sequence[int], clients: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Deal people to clients by a seeded shuffle; sizes differ by at most one; each person has one client.
+def partition(train: Sequence[int], clients: int, seed: int, unevenness: float = 0.0) -> tuple[tuple[int, ...], ...]:
+    """Deal people to clients by a seeded shuffle; each person has one client, each client at least one person.
+
+    Sizes differ by at most one; with ``unevenness`` u > 0 they are near a log-normal draw, exp(u N(0, 1)) to scale.
 
     Raises:
         DataError: there are fewer people than clients.
@@ -152,7 +154,12 @@ def partition(train: Sequence[int], clients: int, seed: int) -> tuple[tuple[int,
             f"needs one: choose 1 to {len(people)} clients, or lower data.min_images to train on more people"
         )
     drawn = _rng(seed, _CLIENTS).permutation(people).tolist()
-    return tuple(tuple(sorted(drawn[client::clients])) for client in range(clients))
+    if not unevenness:
+        return tuple(tuple(sorted(drawn[client::clients])) for client in range(clients))
+    share = np.exp(unevenness * _rng(seed, _SIZES).standard_normal(clients))
+    sizes = 1 + _rng(seed, _SIZES, 1).multinomial(len(people) - clients, share / share.sum())
+    stops = np.cumsum(sizes)
+    return tuple(tuple(sorted(drawn[stop - size : stop])) for size, stop in zip(sizes, stops, strict=True))
 
 
 def _deal(pool: Sequence[int], seed: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

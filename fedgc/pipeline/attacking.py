@@ -20,7 +20,7 @@ from torch import Tensor
 from attacks.registry import ATTACKS, AnyAttack
 from eval.figures import save_grid
 from eval.scoring import Scores, batches, score_images, score_labels, score_linkage
-from fedgc.algorithms import backbone_part
+from fedgc.algorithms import ALGORITHMS, backbone_part
 from fedgc.config import parse_setting
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
@@ -184,7 +184,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         if left is not None and left <= 0:
             break
         observation, photos = limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), left)
-        refusal = centralized_refusal(observation) or job.attack.refusal(observation)
+        refusal = no_message(observation) or job.attack.refusal(observation)
         granted = observation.granted
         if refusal:
             entry = _entry(run.path, job.attack, job.threat, job.round, granted, refusal, job.batch_size)
@@ -206,9 +206,13 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     return entry
 
 
-def centralized_refusal(observation: Observation) -> str | None:
-    if observation.algorithm == "centralized":
-        return "one party holds every photo: there is no message to attack"
+def no_message(observation: Observation) -> str | None:
+    """A party that trains alone sends nothing."""
+    match ALGORITHMS[observation.algorithm].alone if observation.algorithm in ALGORITHMS else None:
+        case "all":
+            return "one party holds every photo: there is no message to attack"
+        case "first":
+            return "this client trains alone and sends nothing: there is no message to attack"
     return None
 
 

@@ -105,4 +105,5 @@ def document(run: RunDirectory) -> dict[str, Any]:
         "privacy",
         "skipped",
     )
-    return {"run": str(run.path), **{key: about[key] for key in keys}, "skipped_files": about["skipped_files"]}
+    more = {"skipped_files": about["skipped_files"], "notes": about.get("notes", [])}
+    return {"run": str(run.path), **{key: about[key] for key in keys}, **more}

@@ -39,8 +39,7 @@ def prepare(config: Config, watch: Watch = silent) -> Setting:
     faces = load_config_faces(config, watch)
     data = config.data
     splits = split_identities(faces, min_images=data.min_images, held_out=data.held_out, seed=config.seed)
-    alone = ALGORITHMS[config.federation.algorithm].one_party
-    dealt = partition(splits.train, 1 if alone else config.federation.clients, config.seed)
+    dealt = deal(config, splits.train)
     photo_person = faces.labels[splits.train_images]
     parties: list[Party] = []
     people: list[int] = []
@@ -58,6 +57,15 @@ def prepare(config: Config, watch: Watch = silent) -> Setting:
     return Setting(config, faces, splits, tuple(parties), tuple(people), device)
 
 
+def deal(config: Config, people: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The people of each client that trains."""
+    alone, f = ALGORITHMS[config.federation.algorithm].alone, config.federation
+    if alone == "all":
+        return partition(people, 1, config.seed)
+    dealt = partition(people, len(people) if f.clients == "people" else f.clients, config.seed, f.unevenness)
+    return dealt[:1] if alone == "first" else dealt
+
+
 def load_config_faces(config: Config, watch: Watch = silent) -> FaceSet:
     data = config.data
     return load_faces(
@@ -70,9 +78,25 @@ def federation(setting: Setting) -> Federation:
     """The federation of a setting, with a noise key that nobody knows; a run replaces it by its own."""
     config = setting.config
     return Federation(
-        ALGORITHMS[config.federation.algorithm], config.spec(), config.schedule(), setting.parties, config.defense,
-        config.seed, secrets.randbits(256), setting.device,
+        ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(), setting.parties,
+        config.defense, config.seed, secrets.randbits(256), setting.device,
+        torch.get_num_threads() if config.workers == "auto" else config.workers,
     )  # fmt: skip
+
+
+def notes(setting: Setting) -> list[str]:
+    """What a user should know about these settings before the result."""
+    head, algorithm = setting.config.head.softmax, ALGORITHMS[setting.config.federation.algorithm]
+    lonely = sum(len(p.classes) == 1 for p in setting.parties)
+    found = []
+    if lonely and not algorithm.softmax_over_all and head == "own":
+        found.append(
+            f"{lonely} of {len(setting.parties)} clients hold one person: softmax over their own people is constant, so they "
+            "train by the pull towards the class embedding alone (head.softmax=everybody counts strangers instead)"
+        )
+    if lonely and not algorithm.softmax_over_all and not algorithm.corrects:
+        found.append(f"under {algorithm.name} nothing keeps these people apart: fedgc or fedaws push them apart at the server")
+    return found
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,14 +14,15 @@ import torch
 from eval.recognition import PairScores
 from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
-from fedgc.federation import Federation, manifest_hash, victims
+from fedgc.federation import Federation
 from fedgc.pipeline.evaluation import document, embedding, utility
 from fedgc.pipeline.memory import keep_freed_memory
-from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, prepare
+from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, prepare
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory, require_new
 from fedgc.transcripts import transcript_name
-from fedgc.types import State, Transcript
+from fedgc.types import State
+from fedgc.victims import manifest_hash, victims
 
 NAMED_SKIPS = 1000  # files that could not be used, named in run.json
 QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown after every round
@@ -103,7 +104,7 @@ def _start(setting: Setting, run: RunDirectory) -> None:
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in faces.skipped[:NAMED_SKIPS]],
             "splits": setting.splits.hashes(faces),
             "people": {k: len(getattr(setting.splits, k)) for k in ("train", "calibration", "test", "auxiliary")},
-            "victims": manifest_hash(recorded),
+            "victims": manifest_hash(recorded), "notes": notes(setting),
         },
     )  # fmt: skip
 
@@ -121,11 +122,12 @@ def _rounds(
         clock = time.monotonic()
         if record.at(t, rounds):
             _record_steps(setting, parties, state, run)
-        result = parties.play(state)
+        recorded = record.at(t, rounds)
+        result = parties.play(state, keep=record.keeps if recorded else lambda client: False)
         state = result.state
         run.charge(tuple(c for c in state.ledger if c.round == t))
         if record.at(t, rounds):
-            run.save_transcript(transcript_name(t), kept(result.transcript, record.clients))
+            run.save_transcript(transcript_name(t), result.transcript)
         privacy = parties.defense.spent(state.ledger, quick=True)
         metrics = {
             "round": t, "loss": round(result.loss, 5), "auc": round(quick(state), 5), "images": result.images,
@@ -141,17 +143,10 @@ def _record_steps(setting: Setting, parties: Federation, state: State, run: RunD
     record = setting.config.record
     for batch in record.batch_sizes:
         for number, (photos, labels) in enumerate(victims(setting.parties, batch, record.victims, setting.config.seed)):
-            transcript, truth = parties.play_step(state, number, photos, labels)
+            transcript, truth = parties.play_step(state, number, photos, labels, record.keeps)
             name = transcript_name(state.round + 1, batch, number)
             run.save_truth(name, truth)
-            run.save_transcript(name, kept(transcript, record.clients))
-
-
-def kept(transcript: Transcript, clients: int | str) -> Transcript:
-    """The transcript with the updates of the first ``clients`` clients only; the messages to them stay."""
-    if clients == "all":
-        return transcript
-    return replace(transcript, updates={k: u for k, u in transcript.updates.items() if k < int(clients)})
+            run.save_transcript(name, transcript)
 
 
 class QuickUtility:

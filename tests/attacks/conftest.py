@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from defenses.none import NoDefense
-from fedgc.algorithms import ALGORITHMS
+from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.federation import Federation, Party, Schedule
 from fedgc.threats import THREATS, Knowledge
@@ -60,7 +60,7 @@ def _world(algorithm: str, batch: int, clients: int, kind: str, strangers: torch
     ]
     schedule = Schedule(
         rounds=3, local_epochs=1, batch_size=4, lr=0.05, head_lr_factor=2.0, momentum=0.9, weight_decay=1e-3,
-        clip_norm=1.0, participation=1.0, correction_weight=1.0, correction_scale=8.0, augment=False,
+        clip_norm=1.0, participation=1.0, push=Push(weight=1.0), augment=False,
     )  # fmt: skip
     spec = ModelSpec("small", "group", 32, SIZE, "cosface", 0.25, 16.0)
     cpu = torch.device("cpu")

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from defenses.dp_sgd import DPSGD, epsilon_of, merged, noise_for, poisson_batches, undominated
 from fedgc import heads
-from fedgc.algorithms import ALGORITHMS
+from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
-from fedgc.federation import Federation, Party, Schedule, victims
+from fedgc.federation import Federation, Party, Schedule
 from fedgc.heads import CosineHead
 from fedgc.local import train_locally
 from fedgc.models import FaceModel, build_model
 from fedgc.types import HEAD, Charge, LocalConstants, ModelSpec
+from fedgc.victims import victims
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 CLASSES = 5
@@ -202,8 +203,7 @@ def federation(algorithm: str, defense: Defense, **changes) -> Federation:
     parties = [Party(k, photos[12 * k : 12 * k + 12], labels[12 * k : 12 * k + 12], (2 * k, 2 * k + 1)) for k in (0, 1)]
     numbers = {
         "rounds": 2, "local_epochs": 1, "batch_size": 4, "lr": 0.1, "head_lr_factor": 2.0, "momentum": 0.0,
-        "weight_decay": 0.0, "clip_norm": None, "participation": 1.0, "correction_weight": 0.0, "correction_scale": 8.0,
-        "augment": False,
+        "weight_decay": 0.0, "clip_norm": None, "participation": 1.0, "push": Push(weight=0.0), "augment": False,
     }  # fmt: skip
     seeds = {"seed": changes.pop("seed", 0), "noise_key": changes.pop("noise_key", 1)}
     schedule = Schedule(**{**numbers, **changes})

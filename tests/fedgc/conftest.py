@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from defenses.none import NoDefense
-from fedgc.algorithms import ALGORITHMS
+from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.doors import Defense
 from fedgc.federation import Federation, Party, Schedule
@@ -20,8 +20,7 @@ PHOTOS = (4, 3, 6)  # of each of its people
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 SCHEDULE: dict[str, Any] = {
     "rounds": 3, "local_epochs": 1, "batch_size": 4, "lr": 0.05, "head_lr_factor": 2.0, "momentum": 0.9,
-    "weight_decay": 1e-3, "clip_norm": None, "participation": 1.0, "correction_weight": 3.0, "correction_scale": 8.0,
-    "augment": False,
+    "weight_decay": 1e-3, "clip_norm": None, "participation": 1.0, "push": Push(weight=3.0), "augment": False,
 }  # fmt: skip
 
 
@@ -48,12 +47,12 @@ def federation(parties: list[Party]) -> Callable[..., Federation]:
 
     def build(
         algorithm: str = "fedgc", *, defense: Defense | None = None, seed: int = 0, noise_key: int = 1,
-        clients: Sequence[Party] | None = None, spec: ModelSpec = SPEC, **changes: Any,
+        clients: Sequence[Party] | None = None, spec: ModelSpec = SPEC, workers: int = 1, **changes: Any,
     ) -> Federation:  # fmt: skip
         schedule = Schedule(**{**SCHEDULE, **changes})
         return Federation(
             ALGORITHMS[algorithm], spec, schedule, clients or parties, defense or NoDefense(), seed, noise_key,
-            torch.device("cpu"),
+            torch.device("cpu"), workers,
         )  # fmt: skip
 
     return build

@@ -258,8 +258,8 @@ def test_spec_and_schedule_carry_the_settings() -> None:
         config.federation.rounds,
         config.federation.momentum,
     )
-    assert (schedule.head_lr_factor, schedule.correction_weight) == (config.head.lr_factor, config.correction.weight)
-    assert (schedule.correction_scale, schedule.augment) == (config.correction.scale, config.data.augment)
+    assert (schedule.head_lr_factor, schedule.push) == (config.head.lr_factor, config.correction.push())
+    assert (schedule.augment, schedule.server_lr) == (config.data.augment, config.federation.server_lr)
 
 
 def test_every_shipped_configuration_parses() -> None:

@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defenses.dp_sgd import DPSGD
+from fedgc.algorithms import Push
 from fedgc.correction import gradient
 from fedgc.errors import WorkFailedError
-from fedgc.federation import Federation, Party, Schedule, manifest_hash, round_half_up, victims
+from fedgc.federation import Federation, Party, Schedule, round_half_up
 from fedgc.heads import initial_rows
 from fedgc.local import augment, epoch_batches
 from fedgc.models import build_model
 from fedgc.rng import generator
+from fedgc.threats import THREATS
 from fedgc.types import BACKBONE, HEAD, State, Transcript
+from fedgc.victims import manifest_hash, victims
 
 EVERY = ("centralized", "fedavg", "fedpe", "fedgc")
 NOISY = DPSGD(noise_multiplier=1.0, delta=1e-2)
@@ -172,7 +175,7 @@ def test_fedgc_stacks_and_corrects(federation, parties) -> None:
 
 
 def test_fedgc_without_weight_is_fedpe_bit_for_bit(federation) -> None:
-    gc, pe = (played(federation(a, correction_weight=0.0)) for a in ("fedgc", "fedpe"))
+    gc, pe = (played(federation(a, push=Push(weight=0.0))) for a in ("fedgc", "fedpe"))
     assert same(gc.backbone, pe.backbone)
     assert torch.equal(gc.rows, pe.rows)
     corrected = played(federation("fedgc"))
@@ -189,6 +192,78 @@ def test_private_rows_train_at_home_and_stay_there(federation) -> None:
     assert not t.sent
     assert not t.returned
     assert not t.rows
+
+
+def test_the_server_adds_its_momentum(federation) -> None:
+    """θ_t = θ_{t-1} + η m_t with m_t = β m_{t-1} + the mean update (FedAvgM), and what a client must subtract is on record."""
+    fed = federation("fedavg", server_momentum=0.8, server_lr=0.5)
+    state, m = fed.initial_state(), None
+    for _ in range(3):
+        result = fed.play(state)
+        t = result.transcript
+        carried = {name: 0.8 * v for name, v in m.items()} if m else {}
+        close(t.carried, carried)
+        mean = {n: sum(t.weight(k) * u.tensors[n] for k, u in t.updates.items()) for n in t.broadcast}
+        m = {name: v + carried.get(name, 0) for name, v in mean.items()}
+        close(t.released, {name: v + 0.5 * m[name] for name, v in t.broadcast.items()})
+        close(result.state.momentum, m)
+        others = THREATS["client"].observe(t, seat=0).aggregate
+        rest = {n: sum(t.weight(k) * t.updates[k].tensors[n] for k in (1, 2)) / (1 - t.weight(0)) for n in t.broadcast}
+        close(others.delta, rest, atol=2e-6)
+        state = result.state
+
+
+def test_without_momentum_nothing_is_carried(federation) -> None:
+    result = federation("fedgc").play(federation("fedgc").initial_state())
+    assert not result.state.momentum
+    assert not result.transcript.carried
+
+
+@pytest.mark.parametrize("algorithm", ["fedcos", "fedaws"])
+def test_the_ablations_differ_from_fedgc_by_the_push_alone(federation, algorithm: str) -> None:
+    """From the same state the same updates; without weight the same round."""
+    fed, gc = federation(algorithm), federation("fedgc")
+    state = fed.initial_state()
+    one, other = fed.play(state), gc.play(state)
+    assert all(same(u.tensors, other.transcript.updates[k].tensors) for k, u in one.transcript.updates.items())
+    assert not torch.equal(one.state.rows, other.state.rows)
+    still = federation(algorithm, push=Push(weight=0.0)).play(state)
+    assert torch.equal(still.state.rows, federation("fedgc", push=Push(weight=0.0)).play(state).state.rows)
+
+
+def test_the_weight_counts_the_pushes_of_centralised_training(federation) -> None:
+    """Local steps a round over people, times the head's share of the rate: photos 8, 9, 12 in batches of 4, 7 people."""
+    assert federation("fedgc", push=Push(), local_epochs=2).push_weight == pytest.approx(2.0 * 2 * (2 + 3 + 3) / 7)
+    assert federation("fedgc", push=Push(weight=0.25)).push_weight == 0.25
+
+
+def test_only_the_updates_asked_for_are_kept(federation) -> None:
+    fed = federation("fedgc")
+    state = fed.initial_state()
+    whole, some = fed.play(state), fed.play(state, keep=lambda client: client == 1)
+    assert same_state(whole.state, some.state)
+    assert set(some.transcript.updates) == {1}
+    assert some.transcript.examples == whole.transcript.examples
+    assert same(some.transcript.released, whole.transcript.released)
+
+
+@pytest.mark.parametrize("algorithm", ["fedgc", "fedaws", "fedpe"])
+def test_one_person_a_client_trains(federation, parties, algorithm: str) -> None:
+    """Softmax over one class is constant; the pull is not, and a server that pushes keeps the people apart."""
+    singles, photos = [], torch.cat([p.photos for p in parties])
+    labels = torch.cat([p.labels for p in parties])
+    for c in range(7):
+        mine = labels == c
+        singles.append(Party(c, photos[mine], labels[mine], (c,)))
+    fed = federation(algorithm, clients=singles, push=Push(weight=20.0), rounds=8)
+    state = played(fed, rounds=8)
+    start = fed.initial_state()
+    assert not same(state.backbone, start.backbone)
+    E = F.normalize(state.rows, dim=1)
+    nearest = (E @ E.T - 2 * torch.eye(7)).max()
+    plain = F.normalize(played(federation("fedpe", clients=singles, rounds=8), rounds=8).rows, dim=1)
+    if algorithm != "fedpe":
+        assert nearest < (plain @ plain.T - 2 * torch.eye(7)).max() - 0.05
 
 
 # -- a round is a function of the state before it
@@ -259,7 +334,7 @@ def test_participants_depend_on_seed_and_round_alone(federation, parties) -> Non
 
 @pytest.mark.parametrize("algorithm", ["fedpe", "fedgc"])
 def test_who_stays_away_sends_nothing(federation, parties, algorithm: str) -> None:
-    fed = federation(algorithm, participation=0.67, correction_weight=0.0)
+    fed = federation(algorithm, participation=0.67, push=Push(weight=0.0))
     state = fed.initial_state()
     result = fed.play(state)
     (absent,) = {0, 1, 2} - set(result.transcript.updates)
@@ -317,7 +392,7 @@ def test_augmentation_moves_each_photo_by_its_own_amount() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
-    s = Schedule(10, 1, 4, 0.3, 2.0, 0.9, 0.0, None, 1.0, 1.0, 8.0, False, warmup_rounds=2)
+    s = Schedule(10, 1, 4, 0.3, 2.0, 0.9, 0.0, None, 1.0, Push(), False, warmup_rounds=2)
     rates = [s.lr_at(t) for t in range(1, 11)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[2] <= 0.3

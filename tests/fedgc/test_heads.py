@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,3 +112,31 @@ def test_initial_rows_have_unit_expected_length_and_depend_on_the_generator_alon
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert float(first.norm(dim=1).pow(2).mean()) == pytest.approx(1, abs=0.05)
+
+
+# -- classes that a party does not hold
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
+def test_strangers_stand_at_cosine_zero(margin: str) -> None:
+    """As many more columns of cosine zero, before the scale, as there are classes of others."""
+    wide = torch.cat([COSINES, torch.zeros(2, 4, dtype=torch.float64)], dim=1)
+    counted = loss(COSINES, LABELS, replace(spec(margin), softmax_classes=7))
+    torch.testing.assert_close(counted, loss(wide, LABELS, spec(margin)), rtol=1e-12, atol=0)
+    assert counted > loss(COSINES, LABELS, spec(margin))
+
+
+def test_who_holds_all_classes_counts_no_strangers() -> None:
+    assert loss(COSINES, LABELS, replace(spec("cosface"), softmax_classes=3)) == loss(COSINES, LABELS, spec("cosface"))
+
+
+def test_one_class_is_pulled_until_it_is_near() -> None:
+    """s · max(0, 0.9 - cos)², the positive part of FedAwS: softmax over one class has no gradient."""
+    cosines = torch.tensor([[0.95], [0.4]], dtype=torch.float64, requires_grad=True)
+    pulled = loss(cosines, torch.zeros(2, dtype=torch.long), spec("cosface"))
+    assert float(pulled.detach()) == pytest.approx(4.0 * 0.5**2 / 2, rel=1e-12)
+    (g,) = torch.autograd.grad(pulled, cosines)
+    torch.testing.assert_close(g, torch.tensor([[0.0], [-4.0 * 0.5]], dtype=torch.float64))
+    counted = loss(cosines, torch.zeros(2, dtype=torch.long), replace(spec("none"), softmax_classes=4))
+    by_hand = sum(math.log(1 + 3 * math.exp(-4.0 * c)) for c in (0.95, 0.4)) / 2
+    assert float(counted.detach()) == pytest.approx(by_hand, rel=1e-12)

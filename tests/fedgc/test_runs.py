@@ -15,11 +15,11 @@ from torch import Tensor
 
 from defenses.dp_sgd import DPSGD
 from fedgc.errors import RunError, UsageError, WorkFailedError
-from fedgc.federation import victims
 from fedgc.files import read_json, read_tensors, write_bytes, write_json, write_tensors
 from fedgc.runs import RunDirectory, require_new
 from fedgc.transcripts import pack_transcript, transcript_name
 from fedgc.types import Charge, ModelSpec, State, Truth
+from fedgc.victims import victims
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 

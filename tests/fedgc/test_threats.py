@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from defenses.dp_sgd import DPSGD
-from fedgc.federation import Party, victims
+from fedgc.algorithms import Push
+from fedgc.federation import Party
 from fedgc.threats import THREATS, Knowledge, outsider_observation
 from fedgc.types import (
     BACKBONE,
@@ -27,6 +28,7 @@ from fedgc.types import (
     Transcript,
     Truth,
 )
+from fedgc.victims import victims
 
 OWNED = {"auxiliary-faces", "gallery"}
 PUBLIC = {"public-constants", "global-model"}
@@ -285,7 +287,7 @@ def test_a_correction_is_what_came_back_less_what_was_sent(transcript, federatio
         assert seen.correction.classes == seen.own_class_embeddings.classes == t.rows[seat]
         assert torch.equal(seen.own_class_embeddings.weight, t.returned[seat][HEAD])
         assert float(seen.correction.weight.norm()) > 0
-    uncorrected = transcript("fedgc", correction_weight=0.0)
+    uncorrected = transcript("fedgc", push=Push(weight=0.0))
     seen = THREATS["client"].observe(uncorrected)
     torch.testing.assert_close(seen.correction.weight, torch.zeros(2, 16))
 

@@ -180,3 +180,22 @@ def test_lfw_trains_on_the_111_people_with_ten_images() -> None:
     splits = split_identities(people(counts), min_images=10, seed=0)
     assert sizes(splits) == (111, 96, 128, 95)
     assert all(counts[person] >= 10 for person in splits.train)
+
+
+@pytest.mark.parametrize("unevenness", [0.5, 1.0, 3.0])
+def test_uneven_clients_hold_everybody_once(unevenness: float) -> None:
+    parts = partition(range(111), 37, 0, unevenness)
+    assert sorted(p for part in parts for p in part) == list(range(111))
+    assert min(map(len, parts)) >= 1
+    assert partition(range(111), 37, 0, unevenness) == parts
+    assert partition(range(111), 37, 1, unevenness) != parts
+
+
+def test_unevenness_spreads_the_sizes() -> None:
+    spread = [max(map(len, partition(range(400), 20, 0, u))) for u in (0.0, 0.5, 1.5)]
+    assert spread[0] == 20 < spread[1] < spread[2]
+
+
+def test_as_many_clients_as_people_hold_one_each() -> None:
+    for unevenness in (0.0, 1.0):
+        assert {len(part) for part in partition(range(9), 9, 3, unevenness)} == {1}
