@@ -107,7 +107,7 @@ def fold_accuracy(pairs: ListedPairs, folds: int) -> Measured:
     note = f"interval: standard error over {folds} folds, Student's t with {folds - 1} degrees of freedom"
     shared = _in_several_folds(pairs)
     if shared:
-        note += f"; too narrow, as {shared} people are in more than one fold"
+        note += f"; too narrow: people in more than one fold: {shared}"
     return Measured(value, max(0.0, low), min(1.0, value + half), folds, chance=0.5, note=note)
 
 

@@ -115,10 +115,11 @@ def listed_pairs(found: Mapping[str, Any]) -> None:
     say = partial(out().print, highlight=False, markup=False)
     say(f"listed pairs of {found['source']}: accuracy {measured(found['accuracy'])}, AUC {measured(found['auc'])}")
     say(f"{found['pairs']} of {found['listed']} pairs ({found['matched']} matched) of {found['people']} people; "
-        f"thresholds from {found['threshold_from']}")  # fmt: skip
-    for note in dict.fromkeys(found[name].get("note") for name in ("accuracy", "auc")):
-        if note:
-            say(note)
+        f"threshold from {found['threshold_from']}")  # fmt: skip
+    say(f"{'95 % intervals' if found['folds'] == 1 else 'AUC: 95 % interval'} by resampling people")
+    for name in ("accuracy", "auc"):
+        if found[name].get("note"):
+            say(f"{name}: {found[name]['note']}")
     reasons = (
         ("trained", "of people trained on"),
         ("calibration", "of calibration people"),

@@ -123,6 +123,7 @@ def test_one_fold_against_direct_numbers(trained: Trained, tmp_path: Path, monke
         return whole(path)
 
     monkeypatch.setattr(evaluation, "read_bytes", counted)
+    monkeypatch.setattr(evaluation, "BATCH", 5)
     stages: dict[str, tuple[int, int]] = {}
 
     def watch(stage: str, done: int, total: int, note: str = "") -> None:

@@ -199,18 +199,19 @@ def _calibration(
 
 def _unread(folder: Folder, left_out: Collection[str]) -> FaceSet:
     """People and files as `load_faces` would find them, without a pixel: it needs no image to tell who is who."""
-    people = [(person.name, [f"{person.name}/{file}" for file in person.files]) for person in folder.people]
-    kept = [
-        (name, [f for f in files if skip(folder.root, folder.root / f, "").path not in left_out])
-        for name, files in people
-    ]
-    kept = [(name, files) for name, files in kept if files]
-    files = tuple(file for _, own in kept for file in own)
-    labels = torch.repeat_interleave(
-        torch.arange(len(kept)), torch.tensor([len(own) for _, own in kept], dtype=torch.int64)
-    )
+    root = folder.root
+    names: list[str] = []
+    files: list[str] = []
+    labels: list[int] = []
+    for person in folder.people:
+        paths = [f"{person.name}/{file}" for file in person.files]
+        usable = [path for path in paths if skip(root, root / path, "").path not in left_out]
+        if usable:
+            labels += [len(names)] * len(usable)
+            names.append(person.name)
+            files += usable
     blank = torch.empty((len(files), 3, 0, 0), dtype=torch.uint8)
-    return FaceSet(blank, labels, tuple(name for name, _ in kept), files, str(folder.root))
+    return FaceSet(blank, torch.tensor(labels, dtype=torch.int64), tuple(names), tuple(files), str(root))
 
 
 def _embedded(

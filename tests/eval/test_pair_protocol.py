@@ -191,6 +191,6 @@ def test_people_in_several_folds_are_said() -> None:
     pairs = listed()
     people = pairs.people.copy()
     people[people == 7] = 0  # of the second fold, now also in the first
-    assert "1 people are in more than one fold" in str(
+    assert "people in more than one fold: 1" in str(
         fold_accuracy(ListedPairs(pairs.scores, people, pairs.fold), 10).note
     )
