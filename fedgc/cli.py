@@ -144,14 +144,17 @@ def name_skipped(result: Mapping[str, Any], most: int = 5) -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--data", "source", help="Measure on the people of another source, none of whom were trained on.")
+@click.option(
+    "--pairs", type=click.Path(path_type=Path), help="A list of photo pairs: LFW's pairs.txt or a View-1 list."
+)
 @json_option
-def evaluate(run: Path, source: str | None, as_json: bool) -> None:
+def evaluate(run: Path, source: str | None, pairs: Path | None, as_json: bool) -> None:
     """Measure the utility of a finished run on people it was not trained on."""
     from fedgc.pipeline.evaluation import evaluate as run_evaluation
 
     with watching() as watch:
-        result = run_evaluation(run, source, watch)
-    show(as_json, result, lambda ui: ui.training(result))
+        result = run_evaluation(run, source, watch, pairs=pairs)
+    show(as_json, result, lambda ui: ui.evaluation(result))
 
 
 @cli.command()

@@ -104,6 +104,37 @@ def training(result: Mapping[str, Any]) -> None:
     console.print(f"next: fedgc-priv attack {escape(str(result['run']))}", highlight=False)
 
 
+def evaluation(result: Mapping[str, Any]) -> None:
+    training(result)
+    if "pairs" in result:
+        listed_pairs(result["pairs"])
+
+
+def listed_pairs(found: Mapping[str, Any]) -> None:
+    """What `evaluate --pairs` found: two measures, the rule behind them, and which pairs were left out."""
+    say = partial(out().print, highlight=False, markup=False)
+    say(f"listed pairs of {found['source']}: accuracy {measured(found['accuracy'])}, AUC {measured(found['auc'])}")
+    say(f"{found['pairs']} of {found['listed']} pairs ({found['matched']} matched) of {found['people']} people; "
+        f"threshold from {found['threshold_from']}")  # fmt: skip
+    say(f"{'95 % intervals' if found['folds'] == 1 else 'AUC: 95 % interval'} by resampling people")
+    for name in ("accuracy", "auc"):
+        if found[name].get("note"):
+            say(f"{name}: {found[name]['note']}")
+    reasons = (
+        ("trained", "of people trained on"),
+        ("calibration", "of calibration people"),
+        ("missing", "without a photo"),
+    )
+    left_out = [f"{found[f'excluded_{key}']} {what}" for key, what in reasons if found[f"excluded_{key}"]]
+    if left_out:
+        say("pairs left out: " + ", ".join(left_out), style="yellow")
+    if found["missing"]:
+        named = "; ".join(f"{m['path']} ({m['reason']})" for m in found["missing_files"])
+        unnamed = found["missing"] - len(found["missing_files"])
+        more = f", and {unnamed} more" if unnamed else ""
+        say(f"photos missing or unusable: {named}{more}", style="yellow")
+
+
 def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
     console = out()
     table = Table(title="what leaks, to whom")

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from eval.pair_protocol import ListedPairs, calibrated_accuracy, fold_accuracy, pair_auc
+from eval.pairs import PairScores, unit
 from eval.recognition import verification
 from eval.statistics import Measured
 from fedgc.config import Config, put, read_toml, validated
-from fedgc.data.faces import FaceSet
+from fedgc.data.align import aligned, shorter_side_needed
+from fedgc.data.faces import FaceSet, synthetic_spec
+from fedgc.data.folder import Folder, UnusableImageError, decode, read_bytes, scan, skip
+from fedgc.data.pair_lists import Pair, PairList, Photo, locate, read_pairs
 from fedgc.data.splits import Splits
-from fedgc.errors import RunError
+from fedgc.errors import RunError, UsageError
 from fedgc.models import build_backbone, embed, state_tensors
 from fedgc.pipeline.setting import Setting, load_config_faces
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import numpy_generator
-from fedgc.runs import RunDirectory
+from fedgc.runs import RunDirectory, holding
 from fedgc.types import BACKBONE, State
 
 Embedding = Callable[[Tensor], Tensor]
+
+BATCH = 256  # photos decoded before they are embedded
+NAMED_MISSING = 20
 
 
 def embedding(backbone: torch.nn.Module, state: State) -> Embedding:
@@ -51,24 +61,32 @@ def people_utility(
     return {name: m.to_json() if isinstance(m, Measured) else m for name, m in measured.items()}
 
 
-def evaluate(path: Path, data: str | None = None, watch: Watch = silent) -> dict[str, Any]:
+def evaluate(
+    path: Path, data: str | None = None, watch: Watch = silent, *, pairs: Path | None = None
+) -> dict[str, Any]:
     """Measure a finished run again: on its own test people, or on the people of another source, none of them trained on.
 
-    Of another source, half of the people serve for thresholds and half for the test. Nothing in the run changes.
+    Of another source, half of the people serve for thresholds and half for the test. ``pairs`` is a list of pairs of
+    the source's photos (`fedgc.data.pair_lists`), measured beside; of the run's own source nothing else is then read,
+    and the utility is the one that training recorded. Nothing in the run changes.
     """
+    listed = None if pairs is None else read_pairs(pairs)
     run = RunDirectory(path)
     result = document(run)
     config = validated(read_toml(path / "config.toml"), str(path / "config.toml"))
     state = run.load_state()
     if state is None:
         raise RunError(f"{path} has no intact state left: train again")
-    if data is not None:
-        tree = config.model_dump(mode="json", exclude_none=True)
-        put(tree, "data.source", data)
-        config = validated(tree)
+    elsewhere = config if data is None else _with_source(config, data)
+    backbone = build_backbone(config.spec(), config.seed)
+    if listed is not None:
+        own = embedding(copy.deepcopy(backbone), state)
+        result["pairs"] = list_utility(run, config, elsewhere.data.source, listed, own, watch)
+        if data is None:
+            return {**result, "source": config.data.source}
+    config = elsewhere
     faces = load_config_faces(config, watch)
     test, calibration = _unseen(run, faces, config) if data is None else _halves(faces, config.seed)
-    backbone = build_backbone(config.spec(), config.seed)
     untrained = embedding(
         backbone, State(0, {BACKBONE + k: v for k, v in state_tensors(backbone).items()}, torch.empty(0))
     )
@@ -76,6 +94,12 @@ def evaluate(path: Path, data: str | None = None, watch: Watch = silent) -> dict
     trained = people_utility(embedding(backbone, state), faces, test, calibration, config.seed)
     baselines = {**result["baselines"], "untrained": baseline}
     return {**result, "source": config.data.source, "utility": trained, "baselines": baselines}
+
+
+def _with_source(config: Config, source: str) -> Config:
+    tree = config.model_dump(mode="json", exclude_none=True)
+    put(tree, "data.source", source)
+    return validated(tree)
 
 
 def _unseen(run: RunDirectory, faces: FaceSet, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -89,6 +113,127 @@ def _halves(faces: FaceSet, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]
     order = torch.randperm(len(faces.names), generator=torch.Generator().manual_seed(seed)).tolist()
     half = len(order) // 2
     return tuple(sorted(order[half:])), tuple(sorted(order[:half]))
+
+
+def list_utility(
+    run: RunDirectory, config: Config, source: str, listed: PairList, embed_photos: Embedding, watch: Watch
+) -> dict[str, Any]:
+    """Accuracy and AUC on the listed pairs of a folder, without pairs of anybody who was trained on.
+
+    With folds, each fold's threshold comes from the others. With one fold it comes from the run's calibration people,
+    whose pairs are then left out too. Only photos that this needs are decoded, each once.
+    """
+    if synthetic_spec(source) is not None:
+        raise UsageError(f"--pairs names photos of a folder, and {source!r} has no such names: add --data FOLDER")
+    folder = scan(source)
+    with holding(run.path / "private" / "identities.json"):
+        trained = set(run.load_identities()["class_name"].values())
+    apart = [pair for pair in listed.pairs if not pair.people & trained]
+    rest = apart
+    calibrated = listed.folds == 1
+    if calibrated:
+        calibration, setters = _calibration(run, config, embed_photos, watch)
+        rest = [pair for pair in apart if not pair.people & setters]
+    found, missing = locate(dict.fromkeys(photo for pair in rest for photo in pair.photos), folder)
+    embeddings, unusable = _embedded(folder, list(found.values()), config, embed_photos, watch, "reading listed photos")
+    missing |= {photo: unusable[file] for photo, file in found.items() if file in unusable}
+    kept = [pair for pair in rest if not missing.keys() & set(pair.photos)]
+    scored = _scored(kept, {photo: embeddings[file] for photo, file in found.items() if file in embeddings})
+    rng = numpy_generator(config.seed, "listed pairs")
+    if calibrated:
+        accuracy = calibrated_accuracy(scored, calibration, rng=rng)
+        origin = f"the run's {calibration.identities} calibration people, whose own pairs are left out"
+    else:
+        accuracy, origin = fold_accuracy(scored, listed.folds), f"the other {listed.folds - 1} folds, for each fold"
+    return {
+        "accuracy": accuracy.to_json(), "auc": pair_auc(scored, rng=rng).to_json(), "source": source,
+        "folds": listed.folds, "listed": len(listed.pairs), "pairs": len(kept), "matched": int(scored.matched.sum()),
+        "people": scored.identities, "excluded_trained": len(listed.pairs) - len(apart),
+        "excluded_calibration": len(apart) - len(rest), "excluded_missing": len(rest) - len(kept),
+        "missing": len(missing),
+        "missing_files": [
+            {"path": photo.stem, "reason": reason} for photo, reason in sorted(missing.items())[:NAMED_MISSING]
+        ],
+        "threshold_from": origin,
+    }  # fmt: skip
+
+
+def _scored(pairs: Sequence[Pair], embeddings: Mapping[Photo, Tensor]) -> ListedPairs:
+    people = sorted({person for pair in pairs for person in pair.people})
+    number = {person: n for n, person in enumerate(people)}
+    scores = np.empty(0)
+    if pairs:
+        left, right = (unit(torch.stack([embeddings[pair.photos[side]] for pair in pairs])) for side in (0, 1))
+        scores = np.round((left * right).sum(axis=1), 10)
+    both = [[number[photo.person] for photo in pair.photos] for pair in pairs]
+    fold = np.array([pair.fold for pair in pairs], dtype=np.int64)
+    return ListedPairs(scores, np.array(both, dtype=np.int64).reshape(-1, 2), fold)
+
+
+def _calibration(
+    run: RunDirectory, config: Config, embed_photos: Embedding, watch: Watch
+) -> tuple[PairScores, set[str]]:
+    """Scores of the run's calibration people, from its own source, and their names."""
+    about = run.about()
+    if synthetic_spec(config.data.source) is not None or about["skipped"] > len(about["skipped_files"]):
+        faces = load_config_faces(config, watch)
+        _, people = _unseen(run, faces, config)
+        index = faces.of(people)
+        embedded = embed_photos(faces.images[index])
+        return PairScores.from_embeddings(embedded, faces.labels[index]), {faces.names[p] for p in people}
+    folder = scan(config.data.source)
+    faces = _unread(folder, {entry["path"] for entry in about["skipped_files"]})
+    splits = Splits.from_json(run.load_identities()["splits"])
+    try:
+        same = splits.hashes(faces) == about["splits"]
+    except IndexError:
+        same = False
+    files = [faces.files[i] for i in faces.of(splits.calibration).tolist()] if same else []
+    embeddings, unusable = _embedded(folder, files, config, embed_photos, watch, "reading calibration photos")
+    if not same or unusable:
+        raise RunError(f"{config.data.source} no longer holds the faces that {run.path} was trained on")
+    labels = faces.labels[faces.of(splits.calibration)]
+    scores = PairScores.from_embeddings(torch.stack([embeddings[file] for file in files]), labels)
+    return scores, {faces.names[p] for p in splits.calibration}
+
+
+def _unread(folder: Folder, left_out: Collection[str]) -> FaceSet:
+    """People and files as `load_faces` would find them, without a pixel: it needs no image to tell who is who."""
+    root = folder.root
+    names: list[str] = []
+    files: list[str] = []
+    labels: list[int] = []
+    for person in folder.people:
+        paths = [f"{person.name}/{file}" for file in person.files]
+        usable = [path for path in paths if skip(root, root / path, "").path not in left_out]
+        if usable:
+            labels += [len(names)] * len(usable)
+            names.append(person.name)
+            files += usable
+    blank = torch.empty((len(files), 3, 0, 0), dtype=torch.uint8)
+    return FaceSet(blank, torch.tensor(labels, dtype=torch.int64), tuple(names), tuple(files), str(root))
+
+
+def _embedded(
+    folder: Folder, files: Sequence[str], config: Config, embed_photos: Embedding, watch: Watch, stage: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Embedding (d,) of each file, in batches so that memory does not grow with the list, and why others have none."""
+    data = config.data
+    needed = shorter_side_needed(data.align, data.image_size, data.center_fraction)
+    embeddings: dict[str, Tensor] = {}
+    unusable: dict[str, str] = {}
+    for start in range(0, len(files), BATCH):
+        photos: dict[str, Tensor] = {}
+        for done, file in enumerate(files[start : start + BATCH], start + 1):
+            try:
+                image = decode(read_bytes(folder.root / file), shorter_side=needed)
+                photos[file] = torch.from_numpy(aligned(image, data.align, data.image_size, data.center_fraction))
+            except UnusableImageError as problem:
+                unusable[file] = str(problem)
+            watch(stage, done, len(files))
+        if photos:
+            embeddings |= zip(photos, embed_photos(torch.stack(list(photos.values()))), strict=True)
+    return embeddings, unusable
 
 
 def document(run: RunDirectory) -> dict[str, Any]:
