@@ -283,3 +283,6 @@ class State:
     backbone: dict[str, Tensor]
     rows: Tensor
     ledger: tuple[Charge, ...] = ()
+    momentum: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the server's, keyed like the backbone; empty without server momentum
