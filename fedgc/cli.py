@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,12 @@ import click
 
 from fedgc import __version__
 from fedgc.errors import FedgcError, UsageError
+from fedgc.stopping import StopSignalError, stop_on_signals
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 set_option = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting; repeatable."
 )
-
-
-class StopSignalError(Exception):
-    """SIGINT or SIGTERM, with the exit code that goes with it."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,7 +116,9 @@ def train(
         with watching() as watch:
             result = run_training(chosen, out, resume=resume, watch=watch)
     except StopSignalError as stop:
-        click.echo(f"stopped; go on with: fedgc-priv train --out {out} --resume", err=True)
+        begun = (out / "run.json").exists()
+        how = f"go on with: fedgc-priv train --out {out} --resume" if begun else "nothing was begun: repeat the command"
+        click.echo(f"stopped; {how}", err=True)
         sys.exit(stop.code)
     name_skipped(result)
     show(as_json, result, lambda ui: ui.training(result))
@@ -255,15 +250,10 @@ def show(as_json: bool, document: Any, draw: Callable[[Any], None]) -> None:
     draw(terminal)
 
 
-def _interrupt(number: int, _frame: Any) -> None:
-    raise StopSignalError(128 + number)
-
-
 def main() -> None:
     """Entry point: every error that a user can act on is one line and an exit code."""
     verbose = "-v" in sys.argv[1:2] or "--verbose" in sys.argv[1:2]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    stop_on_signals()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
