@@ -36,6 +36,10 @@ def stop_on_signals() -> None:
 
 
 def _raise(number: int, _frame: Any) -> None:
+    for each in SIGNALS:
+        signal.signal(
+            each, lambda *_: None
+        )  # raised once: nothing may disturb the way out, and the thread hears the second
     raise StopSignalError(128 + number)
 
 
