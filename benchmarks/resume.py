@@ -30,15 +30,16 @@ from fedgc import cli, terminal
 from fedgc import files as durable
 from fedgc.runs import RunDirectory
 
+ROUNDS, WRITES = 8, 40  # of a run; under differential privacy there are more writes
 TINY = (
-    "data.source=synthetic:24x6", "data.image_size=32", "federation.clients=2", "federation.rounds=8",
+    "data.source=synthetic:24x6", "data.image_size=32", "federation.clients=2", f"federation.rounds={ROUNDS}",
     "record.victims=2", "record.batch_sizes=[1, 2]", "model.embedding_size=32",
 )  # fmt: skip
 PRIVATE = ("defense.name=dp-sgd", "defense.noise_multiplier=1.0")
 DEFENSES = {"none": (), "dp-sgd": (*PRIVATE, "defense.noise_seed=7"), "dp-sgd, own key": PRIVATE}
 CASES = [(algorithm, defense) for algorithm in ("fedavg", "fedgc") for defense in DEFENSES]
 FOLDERS = ("checkpoints", "state", "transcript", "private", "attacker")
-POINTS = ("before replace", "after replace", "after charge")
+POINTS = ("before replace", "after charge", "after replace")
 IMPORTED = ("torch._dynamo", "opacus", "opacus.accountants", "fedgc.terminal", "fedgc.pipeline.training")
 
 Hook = Callable[[], None]
@@ -284,16 +285,19 @@ def killed(trials: dict[tuple[str, str], Trial], kills: int, drawn: random.Rando
 
 
 def aimed(trials: dict[tuple[str, str], Trial], count: int, drawn: random.Random) -> bool:
-    """Kills at the write points themselves: the first writes, and others drawn at random."""
+    """Kills at the write points themselves, spread over the writes of a run from the very first on."""
     done = identical = 0
     while done < count:
-        case, point = CASES[done % len(CASES)], POINTS[done % len(POINTS) if done < 3 else drawn.randrange(3)]
-        wrong = trials[case].aimed(point, drawn.randint(1, 7 if point == "after charge" else 45))
+        case, point = CASES[done % len(CASES)], POINTS[done % len(POINTS)]
+        passing = (
+            drawn.randint(1, ROUNDS) if point == "after charge" else 1 + drawn.randrange(3) + WRITES * done // count
+        )
+        wrong = trials[case].aimed(point, passing)
         if wrong is None:
-            continue
+            wrong = [f"not passed {passing} times"]
         done, identical = done + 1, identical + (not wrong)
         verdict = f"DIFFERS: {', '.join(wrong[:6])}" if wrong else "identical"
-        print(f"  {done:>3}/{count} {', '.join(case):<24} killed {point}: {verdict}", flush=True)
+        print(f"  {done:>3}/{count} {', '.join(case):<24} killed {point} {passing}: {verdict}", flush=True)
     print(f"{identical} of {count} runs killed at a write point resumed bit-identical\n", flush=True)
     return identical == count
 
@@ -367,7 +371,9 @@ def main() -> None:
 
     drawn, clock = random.Random(options.seed), time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="resume-"))
-    print(f"torch {torch.__version__}, 1 thread; synthetic:24x6, 32 px, 2 clients, 8 rounds; seed {options.seed}")
+    print(
+        f"torch {torch.__version__}, 1 thread; synthetic:24x6, 32 px, 2 clients, {ROUNDS} rounds; seed {options.seed}"
+    )
     trials = {case: Trial(case, root / "-".join(case).replace(", ", "-")) for case in CASES}
     for case, trial in trials.items():
         print(f"  {', '.join(case):<24} {trial.seconds:.2f} s when left alone")

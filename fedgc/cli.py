@@ -16,7 +16,7 @@ import click
 
 from fedgc import __version__
 from fedgc.errors import FedgcError, UsageError
-from fedgc.stopping import StopSignalError, stop_on_signals
+from fedgc.stopping import StopSignalError, end, stop_on_signals
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 set_option = click.option(
@@ -118,8 +118,7 @@ def train(
     except StopSignalError as stop:
         begun = (out / "run.json").exists()
         how = f"go on with: fedgc-priv train --out {out} --resume" if begun else "nothing was begun: repeat the command"
-        click.echo(f"stopped; {how}", err=True)
-        sys.exit(stop.code)
+        end(stop, f"stopped; {how}")
     name_skipped(result)
     show(as_json, result, lambda ui: ui.training(result))
 
@@ -262,8 +261,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except StopSignalError as stop:
-        click.echo("stopped", err=True)
-        sys.exit(stop.code)
+        end(stop, "stopped")
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except FedgcError as error:

@@ -21,7 +21,7 @@ from tiny import TINY, Outcome
 from fedgc import files, stopping
 from fedgc.config import Config, load_config
 from fedgc.data.folder import Image
-from fedgc.errors import RunError, WorkFailedError
+from fedgc.errors import RunError, UsageError, WorkFailedError
 from fedgc.files import read_tensors
 from fedgc.pipeline.evaluation import document
 from fedgc.pipeline.training import train
@@ -292,7 +292,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_gone_on_with(
         real(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(Exception, match="another configuration"):
+    with pytest.raises(UsageError, match="holds a run of another configuration"):
         train(config, out)
     assert RunDirectory(out).about()["config_digest"] == other.digest()
 
