@@ -28,9 +28,10 @@ check: $(STAMP)  ## all that CI checks
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## speed and memory; never part of the tests
+bench: $(STAMP)  ## speed, memory and exact resume; never part of the tests
 	$(BIN)/python -m benchmarks.correction
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.resume --kills 12 --aimed 6
 
 docs: $(STAMP)  ## check that every page that a page links to exists
 	$(BIN)/python -m pytest tests/test_readme.py

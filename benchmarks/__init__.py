@@ -1,1 +1,1 @@
-"""Speed and memory beside a reference, in one run on one machine. Never part of the tests."""
+"""Speed and memory beside a reference, in one run on one machine, and exact resume. Never part of the tests."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,18 +16,12 @@ import click
 
 from fedgc import __version__
 from fedgc.errors import FedgcError, UsageError
+from fedgc.stopping import StopSignalError, end, stop_on_signals
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 set_option = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change one setting; repeatable."
 )
-
-
-class StopSignalError(Exception):
-    """SIGINT or SIGTERM, with the exit code that goes with it."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -123,8 +116,9 @@ def train(
         with watching() as watch:
             result = run_training(chosen, out, resume=resume, watch=watch)
     except StopSignalError as stop:
-        click.echo(f"stopped; go on with: fedgc-priv train --out {out} --resume", err=True)
-        sys.exit(stop.code)
+        begun = (out / "run.json").exists()
+        how = f"go on with: fedgc-priv train --out {out} --resume" if begun else "nothing was begun: repeat the command"
+        end(stop, f"stopped; {how}")
     name_skipped(result)
     for note in result["notes"]:
         click.echo(f"note: {note}", err=True)
@@ -260,15 +254,10 @@ def show(as_json: bool, document: Any, draw: Callable[[Any], None]) -> None:
     draw(terminal)
 
 
-def _interrupt(number: int, _frame: Any) -> None:
-    raise StopSignalError(128 + number)
-
-
 def main() -> None:
     """Entry point: every error that a user can act on is one line and an exit code."""
     verbose = "-v" in sys.argv[1:2] or "--verbose" in sys.argv[1:2]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    stop_on_signals()
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -277,8 +266,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except StopSignalError as stop:
-        click.echo("stopped", err=True)
-        sys.exit(stop.code)
+        end(stop, "stopped")
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except FedgcError as error:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,32 @@ from fedgc.errors import RunError, WorkFailedError
 
 PRIVATE = 0o600
 SHARED = 0o644
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says of a full, read-only or failing disk into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WorkFailedError(
+            f"{path} could not be written ({error}); nothing in its place is half-written: put that right, then go on"
+        ) from error
 
 
 def make_folder(path: Path, private: bool = False) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    if private:
-        path.chmod(0o700)
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        if private:
+            path.chmod(0o700)
     return path
 
 
 def write_bytes(path: Path, data: bytes, mode: int = SHARED) -> None:
     """Temporary file in the same folder, flush, fsync, replace, fsync of the folder."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with writing(path):
+        handle, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -42,8 +56,17 @@ def write_bytes(path: Path, data: bytes, mode: int = SHARED) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
-    except OSError as error:
-        raise WorkFailedError(f"{path} could not be written ({error}); what was there before is unchanged") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may be gone already."""
+    with writing(path):
+        path.unlink(missing_ok=True)
+
+
+def is_temporary(path: Path) -> bool:
+    """A half-written file that a killed process left behind."""
+    return path.name.startswith(".") and path.suffix == TEMPORARY
 
 
 def _sync_folder(path: Path) -> None:
@@ -69,6 +92,23 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is missing: this is not a complete run directory") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RunError(f"{path} is damaged ({error}); restore it or train again") from None
+
+
+def write_sealed(path: Path, value: Any, mode: int = SHARED) -> None:
+    """JSON with its own SHA-256, where a changed digit would pass for another value."""
+    write_json(path, {"sha256": _seal(value), "content": value}, mode)
+
+
+def read_sealed(path: Path) -> Any:
+    """What `write_sealed` wrote; raises RunError where it is missing or not that any more."""
+    document = read_json(path)
+    if not isinstance(document, dict) or document.get("sha256") != _seal(document.get("content")):
+        raise RunError(f"{path} is damaged (its checksum does not hold); restore it or train again")
+    return document["content"]
+
+
+def _seal(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None, mode: int = SHARED) -> str:

@@ -1,19 +1,13 @@
-"""The run directory: what training leaves behind, and the only thing that later stages read.
-
-A round is complete when its ``state/round-NNNN.json`` exists; everything else of the round was written before it, so that
-after a crash the last complete round is found by looking, and a half-written one is written again, byte for byte.
-"""
+"""The run directory: what training leaves behind, and the only thing that later stages read."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -26,51 +20,42 @@ from fedgc import __version__
 from fedgc.errors import RunError, UsageError
 from fedgc.files import (
     PRIVATE,
+    is_temporary,
     make_folder,
     read_json,
     read_tensors,
-    sha256,
+    remove,
     write_json,
     write_tensors,
     write_text,
+    writing,
 )
+from fedgc.rounds import Rounds
 from fedgc.transcripts import pack_transcript, unpack_transcript
-from fedgc.types import (
-    HEAD,
-    Charge,
-    Gallery,
-    ModelSpec,
-    State,
-    Transcript,
-    Truth,
-)
+from fedgc.types import Gallery, Transcript, Truth
 
 SCHEMA = 1
+SHARED_FOLDERS = ("checkpoints", "transcript", "attacks")
+PRIVATE_FOLDERS = ("state", "private", "attacker")
 
 
-class RunDirectory:
+class RunDirectory(Rounds):
     """Paths and formats of one run; see docs/run-directory.md."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
     # -- the run as a whole
 
     def create(self, config_toml: str) -> None:
         """The folders; `begin` makes it a run once everything that training does not write again is in them."""
-        for name in ("checkpoints", "transcript", "attacks"):
+        # first the configuration: by it a start that was cut off is known again
+        write_text(make_folder(self.path) / "config.toml", config_toml)
+        for name in SHARED_FOLDERS:
             make_folder(self.path / name)
-        for name in ("state", "private", "attacker"):
+        for name in PRIVATE_FOLDERS:
             make_folder(self.path / name, private=True)
-        write_text(self.path / "config.toml", config_toml)
 
     def begin(self, about: Mapping[str, Any]) -> None:
         header = {"schema": SCHEMA, "status": "running", "argv": sys.argv[1:], **provenance(), **about}
         write_json(self.path / "run.json", header)
-
-    @property
-    def exists(self) -> bool:
-        return (self.path / "run.json").exists()
 
     def about(self) -> dict[str, Any]:
         """run.json, checked. Raises RunError where it is missing, damaged or of another schema."""
@@ -97,100 +82,34 @@ class RunDirectory:
             )
         return about
 
+    def finished_with(self, config_digest: str) -> bool:
+        """Whether this very configuration was trained to its end."""
+        if not self.exists:
+            return False
+        about = self.about()
+        return about.get("config_digest") == config_digest and about["status"] == "finished"
+
     def update(self, **changes: Any) -> None:
         write_json(self.path / "run.json", {**self.about(), **changes})
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process; a second one is refused."""
-        with open(make_folder(self.path) / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"{self.path} is in use by another process: wait for it, or choose another --out"
-                ) from None
+        """Hold the run for this process and clear away what a killed one left half-written; a second holder is refused."""
+        path = make_folder(self.path) / ".lock"
+        with writing(path):
+            file = open(path, "w")  # noqa: SIM115
+        with file:
+            with writing(path):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RunError(
+                        f"{self.path} is in use by another process: wait for it, or choose another --out"
+                    ) from None
+            for folder in ("", *SHARED_FOLDERS, *PRIVATE_FOLDERS):
+                for half in filter(is_temporary, (self.path / folder).glob(".*")):
+                    remove(half)
             yield
-
-    # -- state and metrics
-
-    def save_round(self, state: State, metrics: Mapping[str, Any], spec: ModelSpec) -> None:
-        """Checkpoint, state and metrics of a complete round; the JSON of the state is the commit."""
-        t = state.round
-        write_tensors(self.checkpoint_path(t), state.backbone, {"round": t, "spec": asdict(spec)})
-        tensors = {**state.backbone, HEAD: state.rows}
-        digest = write_tensors(self._state(t, "safetensors"), tensors, {"round": t}, PRIVATE)
-        ledger = [asdict(charge) for charge in state.ledger]
-        commit = {"round": t, "sha256": digest, "metrics": dict(metrics), "ledger": ledger}
-        write_json(self._state(t, "json"), commit, PRIVATE)
-        self._add_metrics(t, metrics)
-        for old in self.rounds()[1:-2]:  # the first and the last two are kept whole
-            self._state(old, "safetensors").unlink(missing_ok=True)
-
-    def _add_metrics(self, round: int, metrics: Mapping[str, Any]) -> None:
-        """One line more; all of them from the commits where a crash left the file short, or long."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines()[: round - 1] if path.exists() else []
-        if len(lines) < round - 1:
-            lines = [json.dumps(m) for m in self.metrics()[:-1]]
-        write_text(path, "\n".join([*lines, json.dumps(dict(metrics))]) + "\n")
-
-    def rounds(self) -> list[int]:
-        return sorted(int(p.stem.removeprefix("round-")) for p in (self.path / "state").glob("round-*.json"))
-
-    def last_round(self) -> int:
-        return max(self.rounds(), default=0)
-
-    def load_state(self, round: int | None = None) -> State | None:
-        """The state after ``round``, or after the last complete round whose files are intact; None before the first."""
-        for t in [round] if round is not None else reversed(self.rounds()):
-            path = self._state(t, "safetensors")
-            if not path.exists():
-                continue
-            try:
-                commit = read_json(self._state(t, "json"))
-            except RunError:
-                continue
-            if sha256(path) != commit["sha256"]:
-                continue
-            tensors, _ = read_tensors(path)
-            rows = tensors.pop(HEAD)
-            return State(t, tensors, rows, tuple(Charge(**charge) for charge in commit["ledger"]))
-        return None
-
-    def forget_after(self, round: int) -> None:
-        """Drop what a crash left of later rounds, so that they are played again."""
-        for t in self.rounds():
-            if t > round:
-                self._state(t, "json").unlink()
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return [read_json(self._state(t, "json"))["metrics"] for t in self.rounds()]
-
-    def checkpoint_path(self, round: int) -> Path:
-        return self.path / "checkpoints" / f"round-{round:04d}.safetensors"
-
-    def _state(self, round: int, suffix: str) -> Path:
-        return self.path / "state" / f"round-{round:04d}.{suffix}"
-
-    def noise_key(self, fixed: int | None) -> int:
-        """The secret behind this run's noise: drawn once from the operating system, kept owner-only; or a fixed seed."""
-        if fixed is not None:
-            return fixed
-        path = self.path / "state" / "noise-key.json"
-        if not path.exists():
-            if self.rounds():  # other noise on the same rounds would be a second release that nobody accounts for
-                raise RunError(f"{path} is lost: this run cannot go on with the noise it began with; train again")
-            write_json(path, int.from_bytes(os.urandom(32), "big"), PRIVATE)
-        return int(read_json(path))
-
-    def charge(self, charges: tuple[Charge, ...]) -> None:
-        """Write privacy costs ahead of the release that causes them. A round replayed with the same noise is one release."""
-        path = self.path / "privacy.json"
-        known = read_json(path) if path.exists() else []
-        fresh = [c for c in map(asdict, charges) if c not in known]
-        if fresh:
-            write_json(path, known + fresh)
 
     # -- transcripts, truth and what the attacker owns
 
@@ -274,5 +193,5 @@ def require_new(run: RunDirectory, config_toml: str, digest: str) -> None:
     begun = run.path / "config.toml"
     if begun.exists() and begun.read_text() == config_toml:
         return
-    if run.path.exists() and any(p.name != ".lock" for p in run.path.iterdir()):
+    if run.path.exists() and any(p.name != ".lock" and not is_temporary(p) for p in run.path.iterdir()):
         raise UsageError(f"{run.path} is not empty and not a run directory: choose another --out")

@@ -21,7 +21,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Run the command line in this process: cli("train", "--json") -> exit code, stdout, stderr."""
     from fedgc import cli as module
 
-    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(module, "stop_on_signals", lambda: None)
 
     def run(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["fedgc-priv", *map(str, arguments)])

@@ -95,7 +95,9 @@ def notes(setting: Setting) -> list[str]:
             "train by the pull towards the class embedding alone (head.softmax=everybody counts strangers instead)"
         )
     if lonely and not algorithm.softmax_over_all and not algorithm.corrects:
-        found.append(f"under {algorithm.name} nothing keeps these people apart: fedgc or fedaws push them apart at the server")
+        found.append(
+            f"under {algorithm.name} nothing keeps these people apart: fedgc or fedaws push them apart at the server"
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from fedgc.pipeline.evaluation import document, embedding, utility
 from fedgc.pipeline.memory import keep_freed_memory
 from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, prepare
 from fedgc.pipeline.watch import Watch, silent
-from fedgc.runs import RunDirectory, require_new
+from fedgc.runs import RunDirectory, provenance, require_new
 from fedgc.transcripts import transcript_name
 from fedgc.types import State
 from fedgc.victims import manifest_hash, victims
@@ -45,14 +45,18 @@ def train(
     if config is None:
         run.about()
         config = validated(read_toml(out / "config.toml"), str(out / "config.toml"))
-    if run.exists and run.about().get("config_digest") == config.digest() and run.about()["status"] == "finished":
+    if run.finished_with(config.digest()):
         return document(run)
-    if not (resume and run.exists):
-        require_new(run, config.to_toml(), config.digest())
-    elif run.about().get("config_digest") != config.digest():
-        raise RunError(f"{out} was trained with another configuration: --resume takes no changed settings")
+    if not run.exists:
+        require_new(run, config.to_toml(), config.digest())  # a folder of something else is not even locked
     keep_freed_memory()
     with run.locked():
+        if run.finished_with(config.digest()):  # by who held it until now
+            return document(run)
+        if not (resume and run.exists):
+            require_new(run, config.to_toml(), config.digest())
+        elif run.about().get("config_digest") != config.digest():
+            raise RunError(f"{out} was trained with another configuration: --resume takes no changed settings")
         return _train(config, run, watch, after_round or (lambda: None))
 
 
@@ -60,13 +64,14 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     setting = prepare(config, watch)
     parties = federation(setting)  # refuses what cannot be trained before anything is written
     if not run.exists:
-        _start(setting, run)
+        _start(setting, parties, run)
     elif run.about().get("dataset") != setting.faces.fingerprint():
         raise RunError(f"{config.data.source} no longer holds the faces that {run.path} was trained on")
+    else:
+        _require_same_noise(parties, run)
     parties.noise_key = run.noise_key(getattr(config.defense, "noise_seed", None))
-    run.update(defense=parties.defense.card())
     state = _rounds(setting, parties, run, watch, after_round)
-    privacy = parties.defense.spent(state.ledger)
+    privacy = parties.defense.spent(run.charge(state.ledger))
     watch("measuring utility", 0, 1)
     backbone = parties.backbone
     untrained = utility(embedding(backbone, parties.initial_state()), setting)
@@ -84,7 +89,18 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     return document(run)
 
 
-def _start(setting: Setting, run: RunDirectory) -> None:
+def _require_same_noise(parties: Federation, run: RunDirectory) -> None:
+    """A round that was cut off is played again, and both are one private release only with the same noise."""
+    about, now = run.about(), {"defense": parties.defense.card(), "device": str(parties.device), **provenance()}
+    changed = [key for key in ("defense", "device", "libraries") if about.get(key) != now[key]]
+    if changed and parties.defense.spent(()) is not None:
+        raise RunError(
+            f"{run.path} was begun with other {' and '.join(changed)} (see its run.json), which would draw other noise for a "
+            "round that may have been released: go on as it was begun, or train again"
+        )
+
+
+def _start(setting: Setting, parties: Federation, run: RunDirectory) -> None:
     config, faces = setting.config, setting.faces
     recorded = [
         v for b in config.record.batch_sizes for v in victims(setting.parties, b, config.record.victims, config.seed)
@@ -94,6 +110,7 @@ def _start(setting: Setting, run: RunDirectory) -> None:
     run.save_knowledge(auxiliary_photos(setting), photos, people)
     names = {c: faces.names[p] for c, p in enumerate(setting.people)}
     run.save_identities({"class_name": names, "class_gallery": of_class, "splits": setting.splits.to_json()})
+    run.noise_key(getattr(config.defense, "noise_seed", None))
     run.begin(
         {
             "config_digest": config.digest(), "seed": config.seed, "device": str(setting.device),
@@ -104,7 +121,7 @@ def _start(setting: Setting, run: RunDirectory) -> None:
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in faces.skipped[:NAMED_SKIPS]],
             "splits": setting.splits.hashes(faces),
             "people": {k: len(getattr(setting.splits, k)) for k in ("train", "calibration", "test", "auxiliary")},
-            "victims": manifest_hash(recorded), "notes": notes(setting),
+            "victims": manifest_hash(recorded), "notes": notes(setting), "defense": parties.defense.card(),
         },
     )  # fmt: skip
 
@@ -120,15 +137,15 @@ def _rounds(
     quick = QuickUtility(setting, parties)
     for t in range(state.round + 1, rounds + 1):
         clock = time.monotonic()
-        if record.at(t, rounds):
-            _record_steps(setting, parties, state, run)
         recorded = record.at(t, rounds)
+        if recorded:
+            _record_steps(setting, parties, state, run)
         result = parties.play(state, keep=record.keeps if recorded else lambda client: False)
         state = result.state
-        run.charge(tuple(c for c in state.ledger if c.round == t))
-        if record.at(t, rounds):
+        ledger = run.charge(state.ledger)
+        if recorded:
             run.save_transcript(transcript_name(t), result.transcript)
-        privacy = parties.defense.spent(state.ledger, quick=True)
+        privacy = parties.defense.spent([c for c in ledger if c.round <= t], quick=True)
         metrics = {
             "round": t, "loss": round(result.loss, 5), "auc": round(quick(state), 5), "images": result.images,
             "epsilon": privacy["epsilon"] if privacy else None, "seconds": round(time.monotonic() - clock, 3),
@@ -164,8 +181,10 @@ class QuickUtility:
 
 
 def on_device(state: State, device: torch.device) -> State:
-    backbone = {name: tensor.to(device) for name, tensor in state.backbone.items()}
-    return replace(state, backbone=backbone, rows=state.rows.to(device))
+    backbone, momentum = (
+        {name: tensor.to(device) for name, tensor in tensors.items()} for tensors in (state.backbone, state.momentum)
+    )
+    return replace(state, backbone=backbone, rows=state.rows.to(device), momentum=momentum)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

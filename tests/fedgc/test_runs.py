@@ -15,7 +15,7 @@ from torch import Tensor
 
 from defenses.dp_sgd import DPSGD
 from fedgc.errors import RunError, UsageError, WorkFailedError
-from fedgc.files import read_json, read_tensors, write_bytes, write_json, write_tensors
+from fedgc.files import read_tensors, write_bytes, write_json, write_tensors
 from fedgc.runs import RunDirectory, require_new
 from fedgc.transcripts import pack_transcript, transcript_name
 from fedgc.types import Charge, ModelSpec, State, Truth
@@ -28,6 +28,7 @@ SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 def run(tmp_path: Path) -> RunDirectory:
     run = RunDirectory(tmp_path / "run")
     run.create("seed = 0\n")
+    run.noise_key(None)
     run.begin({"config_digest": "abc", "rounds": 9})
     return run
 
@@ -36,7 +37,8 @@ def state(round: int) -> State:
     drawn = torch.Generator().manual_seed(round)
     backbone = {"backbone.a": torch.randn(3, 4, generator=drawn), "backbone.b": torch.randn(2, generator=drawn)}
     charges = tuple(Charge(k, t, 1.1, 0.1, 5) for t in range(1, round + 1) for k in range(2))
-    return State(round, backbone, torch.randn(5, 4, generator=drawn), charges)
+    momentum = {name: torch.randn(x.shape, generator=drawn) for name, x in backbone.items()}
+    return State(round, backbone, torch.randn(5, 4, generator=drawn), charges, momentum)
 
 
 def saved(run: RunDirectory, *rounds: int) -> None:
@@ -128,12 +130,20 @@ def test_a_state_survives_the_disk_bit_for_bit(run) -> None:
     read, written = run.load_state(), state(2)
     assert (read.round, read.ledger) == (2, written.ledger)
     assert same(read.backbone, written.backbone)
+    assert same(read.momentum, written.momentum)
     assert torch.equal(read.rows, written.rows)
     assert run.metrics() == [{"round": 1, "loss": 1.0}, {"round": 2, "loss": 0.5}]
     assert [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()] == run.metrics()
 
 
-def test_a_released_checkpoint_holds_the_backbone_and_no_head(run) -> None:
+def test_a_state_without_server_momentum_survives_too(run) -> None:
+    run.save_round(replace(state(1), momentum={}), {"round": 1}, SPEC)
+    read = run.load_state()
+    assert read.momentum == {}
+    assert same(read.backbone, state(1).backbone)
+
+
+def test_a_released_checkpoint_holds_the_backbone_and_nothing_else(run) -> None:
     saved(run, 1)
     tensors, about = read_tensors(run.checkpoint_path(1))
     assert same(tensors, state(1).backbone)
@@ -158,7 +168,6 @@ def test_what_holds_faces_or_secrets_is_owner_only(run, federation) -> None:
         faces = torch.zeros(2, 1, 3, 8, 8, dtype=torch.uint8)
         run.save_knowledge(faces[0], faces[1], torch.zeros(1, dtype=torch.long))
         run.save_identities({})
-        run.noise_key(None)
         saved(run, 1)
     finally:
         os.umask(0o022)
@@ -176,14 +185,15 @@ def test_the_noise_key_is_drawn_once_and_kept(run, tmp_path: Path) -> None:
     assert mode(run.path / "state" / "noise-key.json") == 0o600
     other = RunDirectory(tmp_path / "other")
     other.create("")
-    other.begin({})
     assert other.noise_key(None) != key
 
 
 @pytest.mark.parametrize("fixed", [0, 7])
 def test_a_given_seed_fixes_the_noise_and_leaves_no_file(run, fixed: int) -> None:
-    assert run.noise_key(fixed) == fixed
-    assert not (run.path / "state" / "noise-key.json").exists()
+    other = RunDirectory(run.path.parent / "other")
+    other.create("")
+    assert other.noise_key(fixed) == fixed
+    assert not (other.path / "state" / "noise-key.json").exists()
 
 
 # -- the ledger
@@ -191,16 +201,41 @@ def test_a_given_seed_fixes_the_noise_and_leaves_no_file(run, fixed: int) -> Non
 
 def test_a_replayed_charge_is_one_release(run) -> None:
     first, second = (Charge(0, 1, 1.0, 0.1, 5), Charge(1, 1, 1.0, 0.1, 5)), (Charge(0, 2, 1.0, 0.1, 5),)
-    for charges in (first, first, second, first, ()):
-        run.charge(charges)
-    ledger = read_json(run.path / "privacy.json")
-    assert [Charge(**c) for c in ledger] == [*first, *second]
+    for ledger in (first, first, (*first, *second), first, ()):
+        run.charge(ledger)
+    assert run.charge(()) == (*first, *second)
 
 
 def test_a_charge_that_differs_is_added(run) -> None:
     for sigma in (1.0, 2.0):
         run.charge((Charge(0, 1, sigma, 0.1, 5),))
-    assert len(read_json(run.path / "privacy.json")) == 2
+    assert len(run.charge(())) == 2
+
+
+def test_without_a_promise_there_is_no_ledger(run) -> None:
+    assert run.charge(()) == ()
+    assert not (run.path / "privacy.json").exists()
+
+
+@pytest.mark.parametrize("harm", ["lost", "flipped digit", "truncated", "empty", "of another shape"])
+def test_a_harmed_ledger_is_made_again_from_the_state(run, harm: str) -> None:
+    ledger = state(3).ledger
+    run.charge(ledger)
+    path = run.path / "privacy.json"
+    whole = path.read_bytes()
+    match harm:
+        case "lost":
+            path.unlink()
+        case "flipped digit":
+            path.write_bytes(whole.replace(b"1.1", b"9.1"))  # more noise, so less epsilon
+        case "truncated":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "empty":
+            path.write_bytes(b"")
+        case _:
+            path.write_text("[]")
+    assert run.charge(ledger) == ledger
+    assert path.read_bytes() == whole
 
 
 # -- atomic writes
@@ -215,7 +250,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(WorkFailedError, match=r"file could not be written .*unchanged") as error:
+    with pytest.raises(WorkFailedError, match=r"file could not be written .*half-written") as error:
         write_bytes(path, b"new")
     assert error.value.exit_code == 1
     assert path.read_bytes() == b"old"
@@ -365,6 +400,7 @@ def test_a_new_run_takes_an_empty_or_missing_folder(tmp_path: Path) -> None:
     require_new(RunDirectory(tmp_path / "none"), "seed = 0\n", "abc")
     require_new(RunDirectory(tmp_path), "seed = 0\n", "abc")
     (tmp_path / ".lock").touch()
+    (tmp_path / ".config.toml.abcd1234.tmp").touch()
     require_new(RunDirectory(tmp_path), "seed = 0\n", "abc")
 
 
@@ -430,19 +466,71 @@ def test_a_safetensors_file_of_something_else_is_a_run_error(run, loader: str) -
     refusal(lambda: getattr(run, loader)("x"))
 
 
-def test_a_damaged_commit_falls_back_to_the_round_before(run) -> None:
+@pytest.mark.parametrize("change", [(b"1.1", b"9.1"), (b"ledger", b"ledges"), (b"sha256", b"sha257"), (b"{", b"")])
+def test_a_damaged_commit_falls_back_to_the_round_before(run, change: tuple[bytes, bytes]) -> None:
     saved(run, 1, 2)
-    (run.path / "state" / "round-0002.json").write_text("{")
+    path = run.path / "state" / "round-0002.json"
+    assert change[0] in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(*change))
     assert run.load_state().round == 1
 
 
-def test_a_lost_noise_key_is_not_replaced_once_noise_was_released(run) -> None:
-    """A replay with other noise is a second release of the same photos."""
-    run.noise_key(None)
+def test_metrics_are_mended_from_the_commits_and_commits_need_no_mending(run) -> None:
+    """A crash between commit and metrics, damage in either; a commit before the last is only needed for its metrics."""
+    saved(run, 1, 2, 3)
+    path, whole = run.path / "metrics.jsonl", (run.path / "metrics.jsonl").read_bytes()
+    for harmed in (
+        whole[:-20],
+        whole.splitlines(keepends=True)[0],
+        b"",
+        b"\xff" + whole,
+        whole + whole,
+        b"{}\n[]\n3\n",
+    ):
+        path.write_bytes(harmed)
+        run.forget_after(run.load_state().round)
+        assert path.read_bytes() == whole
+    (run.path / "state" / "round-0002.json").write_text("{")
+    run.forget_after(run.load_state().round)
+    assert path.read_bytes() == whole
+    assert [m["round"] for m in run.metrics()] == [1, 2, 3]
+
+
+def test_damaged_metrics_of_a_finished_run_are_named(run) -> None:
     saved(run, 1)
-    (run.path / "state" / "noise-key.json").unlink()
-    with pytest.raises(RunError):
-        run.noise_key(None)
+    (run.path / "metrics.jsonl").write_text('{"round": 1')
+    refusal(run.metrics, "metrics.jsonl is damaged")
+
+
+@pytest.mark.parametrize("content", [None, "", "3", '{"sha256": "0", "content": 3}'])
+def test_a_lost_noise_key_is_never_replaced(run, content: str | None) -> None:
+    """A replay with other noise is a second release of the same photos."""
+    path = run.path / "state" / "noise-key.json"
+    path.unlink() if content is None else path.write_text(content)
+    refusal(lambda: run.noise_key(None), "noise-key.json is lost or damaged", "train again")
+
+
+def test_a_flipped_bit_of_the_noise_key_is_noticed(run) -> None:
+    path = run.path / "state" / "noise-key.json"
+    key = str(run.noise_key(None))
+    path.write_text(path.read_text().replace(key, key[:-1] + str((int(key[-1]) + 1) % 10)))
+    refusal(lambda: run.noise_key(None), "lost or damaged")
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away_and_nothing_else(run) -> None:
+    saved(run, 1)
+    kept = {p for p in run.path.rglob("*") if p.is_file()}
+    folders = [run.path, *(p for p in run.path.iterdir() if p.is_dir())]
+    for folder in folders:
+        (folder / ".round-0002.json.abcd1234.tmp").write_text("half")
+        (folder / "thesis.tmp").touch()
+        (folder / ".hidden").touch()
+    with pytest.raises(RunError), run.locked(), RunDirectory(run.path).locked():
+        pass
+    with run.locked():
+        pass
+    found = {p for p in run.path.rglob("*") if p.is_file()} - {run.path / ".lock"}
+    assert found == kept | {folder / name for folder in folders for name in ("thesis.tmp", ".hidden")}
 
 
 def test_packing_names_every_message_once(federation) -> None:
