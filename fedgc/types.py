@@ -20,6 +20,8 @@ from fedgc.errors import RefusedError
 Tensors = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]  # (done, total)
 
+Norm = Literal["group", "batch", "frozen"]
+
 BACKBONE = "backbone."
 HEAD = "head.weight"
 
@@ -29,7 +31,7 @@ class ModelSpec:
     """Everything that is needed to build the network that a party runs; public."""
 
     backbone: str
-    norm: Literal["group", "batch"]
+    norm: Norm
     embedding_size: int
     image_size: int
     margin: Literal["none", "cosface", "arcface"]
