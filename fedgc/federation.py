@@ -69,7 +69,8 @@ Where = tuple[int | str, ...]  # names a round or a recorded step among the rand
 
 @dataclass
 class Federation:
-    """Parties, scheme and defense, with one resident model that every client trains in turn."""
+    """Parties, scheme and defense, with one resident model that every client trains in turn. initial: `backbone.*` tensors to
+    start from in place of random ones."""
 
     algorithm: Algorithm
     spec: ModelSpec
@@ -79,6 +80,7 @@ class Federation:
     seed: int
     noise_key: int
     device: torch.device
+    initial: Tensors | None = None
 
     def __post_init__(self) -> None:
         self.backbone = build_backbone(self.spec, self.seed).to(self.device)
@@ -100,7 +102,8 @@ class Federation:
     def initial_state(self) -> State:
         rows = initial_rows(self.classes, self.spec.embedding_size, generator(self.seed, "rows"))
         fresh = build_backbone(self.spec, self.seed)  # the resident one holds whatever was trained last
-        backbone = {BACKBONE + name: tensor.to(self.device) for name, tensor in state_tensors(fresh).items()}
+        start = self.initial or {BACKBONE + name: tensor for name, tensor in state_tensors(fresh).items()}
+        backbone = {name: tensor.to(self.device) for name, tensor in start.items()}
         return State(0, backbone, rows.to(self.device))
 
     def constants(self, round: int) -> LocalConstants:

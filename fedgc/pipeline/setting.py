@@ -17,6 +17,7 @@ from fedgc.errors import UsageError
 from fedgc.federation import Federation, Party
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import generator
+from fedgc.types import Tensors
 
 AUXILIARY_PHOTOS = 2000  # enough for a face prior; more only makes runs bigger
 
@@ -66,12 +67,12 @@ def load_config_faces(config: Config, watch: Watch = silent) -> FaceSet:
     )  # fmt: skip
 
 
-def federation(setting: Setting) -> Federation:
+def federation(setting: Setting, initial: Tensors | None = None) -> Federation:
     """The federation of a setting, with a noise key that nobody knows; a run replaces it by its own."""
     config = setting.config
     return Federation(
         ALGORITHMS[config.federation.algorithm], config.spec(), config.schedule(), setting.parties, config.defense,
-        config.seed, secrets.randbits(256), setting.device,
+        config.seed, secrets.randbits(256), setting.device, initial,
     )  # fmt: skip
 
 
