@@ -11,16 +11,16 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from defenses.registry import AnyDefense
 from fedgc.algorithms import Push
 from fedgc.errors import UsageError
 from fedgc.federation import Schedule
-from fedgc.types import ModelSpec
+from fedgc.types import ModelSpec, Norm
 
 ENVIRONMENT = "FEDGC_PRIV_"
 
@@ -43,9 +43,19 @@ class Data(Section):
 
 
 class Model(Section):
-    backbone: Literal["small", "inception-resnet-v1"] = "small"
+    """init: weights to start from: a finished run, a checkpoint, or weights that others publish; their SHA-256 beside it."""
+
+    backbone: Literal["small", "mobilefacenet", "iresnet18", "iresnet50", "inception-resnet-v1"] = "small"
     embedding_size: int = Field(default=128, ge=8, le=4096)
-    norm: Literal["group", "batch"] = "group"
+    norm: Norm = "group"
+    init: str | None = Field(default=None, min_length=1)
+    init_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _frozen_needs_weights(self) -> Self:
+        if self.norm == "frozen" and self.init is None:
+            raise ValueError("norm = frozen keeps BatchNorm as public weights left it: set model.init, or norm = group")
+        return self
 
 
 class Head(Section):

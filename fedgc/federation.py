@@ -64,7 +64,8 @@ class Collected:
 class Federation:
     """Parties, scheme and defense, with a resident model for each worker that every client trains in turn.
 
-    workers: clients trained side by side, each with its share of the threads.
+    workers: clients trained side by side, each with its share of the threads. initial: `backbone.*` tensors to start from in
+    place of random ones.
     """
 
     algorithm: Algorithm
@@ -76,6 +77,7 @@ class Federation:
     noise_key: int
     device: torch.device
     workers: int = 1
+    initial: Tensors | None = None
 
     def __post_init__(self) -> None:
         count = min(self.workers, len(self.parties)) if self.device.type == "cpu" else 1
@@ -116,7 +118,8 @@ class Federation:
 
     def initial_state(self) -> State:
         rows = initial_rows(self.classes, self.spec.embedding_size, generator(self.seed, "rows"))
-        backbone = {BACKBONE + name: tensor for name, tensor in state_tensors(self._fresh()).items()}
+        start = self.initial or {BACKBONE + name: tensor for name, tensor in state_tensors(self._fresh()).items()}
+        backbone = {name: tensor.to(self.device) for name, tensor in start.items()}
         return State(0, backbone, rows.to(self.device))
 
     def constants(self, round: int) -> LocalConstants:

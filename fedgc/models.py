@@ -1,113 +1,67 @@
-"""Backbones: (B, 3, S, S) photos in [0, 1] -> (B, d) features. Normalisation of pixels happens here and nowhere else."""
+"""Networks of a face recogniser: a backbone, (B, 3, S, S) photos in [0, 1] -> (B, d) features, and a cosine head on it.
+
+Normalisation of pixels happens in the backbone and nowhere else.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from itertools import pairwise
-from typing import Any, cast
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedgc.errors import UsageError, WorkFailedError
+from fedgc.backbones.inception import InceptionFaceNet
+from fedgc.backbones.iresnet import IResNet
+from fedgc.backbones.mobilefacenet import MobileFaceNet
+from fedgc.backbones.norms import set_norm
+from fedgc.backbones.small import SmallFaceNet
+from fedgc.errors import UsageError
 from fedgc.heads import CosineHead
 from fedgc.rng import stream_seed
 from fedgc.types import ModelSpec
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, 8), channels)
+@dataclass(frozen=True)
+class Backbone:
+    """make: (side of a photo, features) -> network with BatchNorm. parameters: how many at its customary ``side`` and
+    ``features``; smallest: the least side it takes; fixed: whether it makes no other number of features."""
+
+    make: Callable[[int, int], nn.Module]
+    summary: str
+    parameters: int
+    side: int
+    features: int
+    smallest: int = 32
+    fixed: bool = False
 
 
-class _Residual(nn.Module):
-    """Pre-activation block (He et al. 2016) that halves the side; the shortcut is pooled and projected to match."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.norm1 = _group_norm(inputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-        self.norm2 = _group_norm(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.relu(self.norm1(x)))
-        y = self.conv2(F.relu(self.norm2(y)))
-        return y + self.shortcut(F.avg_pool2d(x, 2, ceil_mode=True))
+BACKBONES: dict[str, Backbone] = {
+    "small": Backbone(SmallFaceNet, "residual net for a laptop (default)", 450_000, 48, 128),
+    "mobilefacenet": Backbone(MobileFaceNet, "MobileFaceNet (Chen et al. 2018), for phones", 1_003_136, 112, 128),
+    "iresnet18": Backbone(partial(IResNet, (2, 2, 2, 2)), "ArcFace's residual net, 18 layers", 24_025_600, 112, 512),
+    "iresnet50": Backbone(partial(IResNet, (3, 4, 14, 3)), "ArcFace's residual net, 50 layers", 43_590_848, 112, 512),
+    "inception-resnet-v1": Backbone(
+        lambda side, features: InceptionFaceNet(), "facenet-pytorch's, with public weights",
+        23_482_624, 160, 512, smallest=75, fixed=True,
+    ),
+}  # fmt: skip
 
 
-class SmallFaceNet(nn.Module):
-    """The default: a stem and three residual stages with GroupNorm; 0.45 M parameters at 48 px and 128 features."""
-
-    def __init__(self, image_size: int, embedding_size: int, widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False)
-        self.stages = nn.Sequential(*(_Residual(a, b) for a, b in pairwise(widths)))
-        self.norm = _group_norm(widths[-1])
-        side = math.ceil(image_size / 2 ** len(widths))
-        self.embedding = nn.Linear(widths[-1] * side * side, embedding_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(self.stem((x - 0.5) / 0.25))
-        return self.embedding(F.relu(self.norm(x)).flatten(1))
-
-
-class InceptionFaceNet(nn.Module):
-    """facenet-pytorch's InceptionResnetV1 (23.5 M parameters, 512 features, photos of at least 75 px)."""
-
-    def __init__(self, norm: str) -> None:
-        super().__init__()
-        # dropout draws from the global generator and would make a run depend on the order of work
-        self.net = _facenet_pytorch().InceptionResnetV1(pretrained=None, dropout_prob=0.0)
-        if norm == "group":
-            replace_batch_norm(self.net)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net((x * 255 - 127.5) / 128)
-
-
-def _facenet_pytorch() -> Any:
-    try:
-        import facenet_pytorch
-    except (ImportError, RuntimeError) as error:
-        raise WorkFailedError(
-            f"facenet-pytorch cannot be imported ({error}). torch and torchvision probably come from different builds: "
-            "install both from the same index, with the versions in constraints.txt"
-        ) from error
-    return facenet_pytorch
-
-
-def replace_batch_norm(module: nn.Module) -> None:
-    """Replace every BatchNorm by a GroupNorm of the same width, in place: batch statistics mix photos, so that no
-    per-photo gradient exists, and they leave the client with the model."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, _group_norm(child.num_features))
-        else:
-            replace_batch_norm(child)
-
-
-def _small(spec: ModelSpec) -> nn.Module:
-    if spec.norm != "group":
-        raise UsageError("model.norm = batch is not available for the backbone 'small'; leave it at 'group'")
-    return SmallFaceNet(spec.image_size, spec.embedding_size)
-
-
-def _inception(spec: ModelSpec) -> nn.Module:
-    if spec.embedding_size != 512 or spec.image_size < 75:
-        raise UsageError(
-            f"inception-resnet-v1 makes 512 features from photos of at least 75 px, not {spec.embedding_size} from "
-            f"{spec.image_size} px: add --set model.embedding_size=512 --set data.image_size=112"
-        )
-    return InceptionFaceNet(spec.norm)
-
-
-BACKBONES: dict[str, tuple[Callable[[ModelSpec], nn.Module], str]] = {
-    "small": (_small, "residual net with GroupNorm for a laptop (default)"),
-    "inception-resnet-v1": (_inception, "facenet-pytorch's InceptionResnetV1, 23.5 M parameters, photos >= 75 px"),
-}
+def check_spec(spec: ModelSpec) -> None:
+    """Raise UsageError where no such network can be built, with the settings that help."""
+    chosen = BACKBONES[spec.backbone]
+    if spec.image_size >= chosen.smallest and (not chosen.fixed or spec.embedding_size == chosen.features):
+        return
+    makes = f"{chosen.features} features" if chosen.fixed else "features"
+    size = f"--set model.embedding_size={chosen.features} " if chosen.fixed else ""
+    raise UsageError(
+        f"{spec.backbone} makes {makes} from photos of at least {chosen.smallest} px, not {spec.embedding_size} from "
+        f"{spec.image_size} px: add {size}--set data.image_size={min(chosen.side, 112)}"
+    )
 
 
 class FaceModel(nn.Module):
@@ -123,11 +77,14 @@ class FaceModel(nn.Module):
 
 
 def build_backbone(spec: ModelSpec, seed: int) -> nn.Module:
-    """The backbone with its initial weights, a function of the spec and the seed alone."""
-    build, _ = BACKBONES[spec.backbone]
+    """The backbone with its initial weights, a function of the spec and the seed alone. Raises UsageError for a size that
+    it does not take."""
+    check_spec(spec)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "backbone"))
-        return build(spec)
+        torch.random.default_generator.manual_seed(stream_seed(seed, "backbone"))  # the CPU's only: layers start there
+        backbone = BACKBONES[spec.backbone].make(spec.image_size, spec.embedding_size)
+    set_norm(backbone, spec.norm)
+    return backbone
 
 
 def build_model(spec: ModelSpec, classes: int, seed: int = 0) -> FaceModel:

@@ -20,6 +20,8 @@ from fedgc.errors import RefusedError
 Tensors = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]  # (done, total)
 
+Norm = Literal["group", "batch", "frozen"]
+
 BACKBONE = "backbone."
 HEAD = "head.weight"
 
@@ -33,7 +35,7 @@ class ModelSpec:
     """
 
     backbone: str
-    norm: Literal["group", "batch"]
+    norm: Norm
     embedding_size: int
     image_size: int
     margin: Literal["none", "cosface", "arcface"]

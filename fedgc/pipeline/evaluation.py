@@ -23,6 +23,7 @@ from fedgc.data.pair_lists import Pair, PairList, Photo, locate, read_pairs
 from fedgc.data.splits import Splits
 from fedgc.errors import RunError, UsageError
 from fedgc.models import build_backbone, embed, state_tensors
+from fedgc.pipeline.initial import kept_initial
 from fedgc.pipeline.setting import Setting, load_config_faces
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import numpy_generator
@@ -41,6 +42,12 @@ def embedding(backbone: torch.nn.Module, state: State) -> Embedding:
     for name, tensor in state.backbone.items():
         own[name.removeprefix(BACKBONE)].copy_(tensor)
     return lambda photos: embed(backbone, photos)
+
+
+def untrained_state(config: Config) -> State:
+    """The network as it is before anybody's training, public training included."""
+    fresh = state_tensors(build_backbone(config.spec(), config.seed))
+    return State(0, {BACKBONE + name: tensor for name, tensor in fresh.items()}, torch.empty(0))
 
 
 def utility(embed_photos: Embedding, setting: Setting) -> dict[str, Any]:
@@ -87,12 +94,15 @@ def evaluate(
     config = elsewhere
     faces = load_config_faces(config, watch)
     test, calibration = _unseen(run, faces, config) if data is None else _halves(faces, config.seed)
-    untrained = embedding(
-        backbone, State(0, {BACKBONE + k: v for k, v in state_tensors(backbone).items()}, torch.empty(0))
-    )
-    baseline = people_utility(untrained, faces, test, calibration, config.seed)
-    trained = people_utility(embedding(backbone, state), faces, test, calibration, config.seed)
-    baselines = {**result["baselines"], "untrained": baseline}
+    initial = kept_initial(run)
+
+    def measured(state: State) -> dict[str, Any]:
+        return people_utility(embedding(backbone, state), faces, test, calibration, config.seed)
+
+    baselines = {**result["baselines"], "untrained": measured(untrained_state(config))}
+    if initial is not None:
+        baselines["public-only"] = measured(initial.state())
+    trained = measured(state)
     return {**result, "source": config.data.source, "utility": trained, "baselines": baselines}
 
 

@@ -36,7 +36,14 @@ def listing(kind: str) -> list[dict[str, Any]]:
         case "algorithms":
             return [{"name": a.name, "what": a.summary, "class embeddings": a.head} for a in ALGORITHMS.values()]
         case "models":
-            return [{"name": name, "what": what} for name, (_, what) in BACKBONES.items()]
+            return [
+                {
+                    "name": name, "what": b.summary, "parameters": b.parameters,
+                    "counted at": f"{b.side} px, {b.features} features",
+                    "takes": f"photos >= {b.smallest} px" + (f", {b.features} features only" if b.fixed else ""),
+                }
+                for name, b in BACKBONES.items()
+            ]  # fmt: skip
         case _:
             return [
                 {"name": "synthetic", "what": "built-in synthetic faces, 120 people with 12 photos each"},

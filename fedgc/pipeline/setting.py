@@ -17,6 +17,7 @@ from fedgc.errors import UsageError
 from fedgc.federation import Federation, Party
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import generator
+from fedgc.types import Tensors
 
 AUXILIARY_PHOTOS = 2000  # enough for a face prior; more only makes runs bigger
 
@@ -74,13 +75,13 @@ def load_config_faces(config: Config, watch: Watch = silent) -> FaceSet:
     )  # fmt: skip
 
 
-def federation(setting: Setting) -> Federation:
+def federation(setting: Setting, initial: Tensors | None = None) -> Federation:
     """The federation of a setting, with a noise key that nobody knows; a run replaces it by its own."""
     config = setting.config
     return Federation(
         ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(), setting.parties,
         config.defense, config.seed, secrets.randbits(256), setting.device,
-        torch.get_num_threads() if config.workers == "auto" else config.workers,
+        torch.get_num_threads() if config.workers == "auto" else config.workers, initial,
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from eval.recognition import PairScores
 from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
 from fedgc.federation import Federation
-from fedgc.pipeline.evaluation import document, embedding, utility
+from fedgc.pipeline.evaluation import document, embedding, untrained_state, utility
+from fedgc.pipeline.initial import Initial, keep_initial, kept_initial, read_initial, require_other_people
 from fedgc.pipeline.memory import keep_freed_memory
 from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, prepare
 from fedgc.pipeline.watch import Watch, silent
@@ -25,6 +26,7 @@ from fedgc.types import State
 from fedgc.victims import manifest_hash, victims
 
 NAMED_SKIPS = 1000  # files that could not be used, named in run.json
+NO_PUBLIC = {"auc": {"value": None, "low": None, "high": None, "n": 0, "why": "no public pre-training"}}
 QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown after every round
 
 
@@ -61,10 +63,12 @@ def train(
 
 
 def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callable[[], None]) -> dict[str, Any]:
+    initial = kept_initial(run) if run.exists else read_initial(config)
     setting = prepare(config, watch)
-    parties = federation(setting)  # refuses what cannot be trained before anything is written
+    parties = federation(setting, initial.tensors if initial else None)  # refuses what cannot be trained
     if not run.exists:
-        _start(setting, parties, run)
+        require_other_people(initial, setting.faces.fingerprint())
+        _start(setting, parties, run, initial)
     elif run.about().get("dataset") != setting.faces.fingerprint():
         raise RunError(f"{config.data.source} no longer holds the faces that {run.path} was trained on")
     else:
@@ -74,17 +78,14 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     privacy = parties.defense.spent(run.charge(state.ledger))
     watch("measuring utility", 0, 1)
     backbone = parties.backbone
-    untrained = utility(embedding(backbone, parties.initial_state()), setting)
+    untrained = utility(embedding(backbone, untrained_state(config)), setting)
+    public = utility(embedding(backbone, initial.state()), setting) if initial else NO_PUBLIC
     trained = utility(embedding(backbone, state), setting)
     watch("measuring utility", 1, 1)
     seconds, images = (sum(m[key] for m in run.metrics()) for key in ("seconds", "images"))
     run.update(
         status="finished", seconds=round(seconds, 2), images_per_second=round(images / max(seconds, 1e-9), 1),
-        utility=trained, privacy=privacy,
-        baselines={
-            "untrained": untrained,
-            "public-only": {"auc": {"value": None, "low": None, "high": None, "n": 0, "why": "no public pre-training"}},
-        },
+        utility=trained, privacy=privacy, baselines={"untrained": untrained, "public-only": public},
     )  # fmt: skip
     return document(run)
 
@@ -100,7 +101,7 @@ def _require_same_noise(parties: Federation, run: RunDirectory) -> None:
         )
 
 
-def _start(setting: Setting, parties: Federation, run: RunDirectory) -> None:
+def _start(setting: Setting, parties: Federation, run: RunDirectory, initial: Initial | None) -> None:
     config, faces = setting.config, setting.faces
     recorded = [
         v for b in config.record.batch_sizes for v in victims(setting.parties, b, config.record.victims, config.seed)
@@ -122,6 +123,7 @@ def _start(setting: Setting, parties: Federation, run: RunDirectory) -> None:
             "splits": setting.splits.hashes(faces),
             "people": {k: len(getattr(setting.splits, k)) for k in ("train", "calibration", "test", "auxiliary")},
             "victims": manifest_hash(recorded), "notes": notes(setting), "defense": parties.defense.card(),
+            "init": keep_initial(run, initial, config.spec()) if initial else None,
         },
     )  # fmt: skip
 

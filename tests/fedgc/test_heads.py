@@ -76,6 +76,51 @@ def test_arcface_has_two_finite_derivatives(cosine: float, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
+def test_two_derivatives_of_the_loss_are_right_away_from_the_kinks(margin: str) -> None:
+    """Through features and class embeddings: targets before and beyond π - m, none at it and none at ±1."""
+    drawn = torch.Generator().manual_seed(3)
+    z = torch.randn(3, 4, generator=drawn, dtype=torch.float64)
+    W = torch.randn(3, 4, generator=drawn, dtype=torch.float64)
+    W[2] = 0.2 * W[2] - z[2]  # almost opposite: beyond π - m
+    labels = torch.arange(3)
+    head = CosineHead(3, 4)
+
+    def value(z: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+        return loss(torch.func.functional_call(head, {"weight": W}, (z,)), labels, spec(margin))
+
+    cosines = F.cosine_similarity(z, W)
+    assert float(cosines[2]) < math.cos(math.pi - 0.3) < float(cosines[:2].min())
+    assert float(cosines.abs().max()) < 0.9999
+    inputs = (z.requires_grad_(), W.requires_grad_())
+    assert torch.autograd.gradcheck(value, inputs)
+    assert torch.autograd.gradgradcheck(value, inputs)
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_photo_that_is_its_class_has_two_finite_derivatives(margin: str, sign: float, dtype: torch.dtype) -> None:
+    """cos = ±1 as it comes about: a feature along its class embedding."""
+    head = CosineHead(3, 4).to(dtype)
+    torch.nn.init.eye_(head.weight)
+    z = (sign * 5 * torch.eye(3, 4, dtype=dtype)).requires_grad_()
+    value = loss(head(z), torch.arange(3), spec(margin, 0.5, 30.0))
+    slopes = torch.autograd.grad(value, [z, head.weight], create_graph=True)
+    bends = torch.autograd.grad(sum((s * s).sum() + s.sum() for s in slopes), [z, head.weight])
+    assert all(torch.isfinite(t).all() for t in (*slopes, *bends))
+
+
+@pytest.mark.parametrize("size", [0.1, 0.5, 1.0])
+def test_arcface_steps_down_where_its_continuation_begins(size: float) -> None:
+    """By m·sin(m) - (1 - cos(m)), small beside the range; never up, so that likeness always pays."""
+    edge = math.cos(math.pi - size)
+    below, above = target(torch.tensor([edge - 1e-12, edge + 1e-12], dtype=torch.float64), size).tolist()
+    step = above - below
+    assert step == pytest.approx(size * math.sin(size) - (1 - math.cos(size)), abs=1e-9)
+    assert step > 0
+
+
+@pytest.mark.parametrize("margin", ["none", "cosface", "arcface"])
 def test_a_margin_never_touches_the_other_classes(margin: str) -> None:
     logits = margin_logits(COSINES, LABELS, spec(margin))
     others = F.one_hot(LABELS, 3) == 0

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fedgc.backbones.norms import set_norm
+from fedgc.config import Model
 from fedgc.errors import UsageError
-from fedgc.models import FaceModel, build_backbone, build_model, embed, replace_batch_norm, state_tensors
+from fedgc.models import BACKBONES, FaceModel, build_backbone, build_model, embed, state_tensors
+from fedgc.pipeline.listing import listing
 from fedgc.types import ModelSpec
 
 SMALL = ModelSpec("small", "group", 16, 32, "cosface", 0.25, 30.0)
@@ -26,10 +30,113 @@ def norms(module: nn.Module, *kinds: type[nn.Module]) -> int:
     return sum(isinstance(m, kinds) for m in module.modules())
 
 
-def test_weights_are_a_function_of_spec_and_seed() -> None:
-    first, again, other = (state_tensors(build_backbone(SMALL, seed)) for seed in (3, 3, 4))
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["stem.weight"], other["stem.weight"])
+LIGHT = ("small", "mobilefacenet")
+PLAIN = ("small", "mobilefacenet", "iresnet18", "iresnet50")
+
+
+def named(name: str, **changes: object) -> ModelSpec:
+    return replace(SMALL, backbone=name, **changes)
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_weights_are_a_function_of_spec_and_seed(name: str) -> None:
+    builds = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(builds))  # the global generator plays no part
+        builds.append(state_tensors(build_backbone(named(name), seed)))
+    first, again, other = builds
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    convolution = next(n for n, t in first.items() if t.dim() == 4)
+    assert not torch.equal(first[convolution], other[convolution])
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "features", "millions", "within"),
+    [
+        ("mobilefacenet", 112, 128, 0.99, 0.015),  # published with each norm folded into its convolution
+        ("iresnet18", 112, 512, 24.0, 0.002),
+        ("iresnet50", 112, 512, 43.6, 0.001),
+    ],
+)
+def test_parameters_as_published(name: str, side: int, features: int, millions: float, within: float) -> None:
+    for norm in ("group", "batch"):
+        with torch.device("meta"):
+            backbone = BACKBONES[name].make(side, features)
+        set_norm(backbone, norm)
+        assert parameters(backbone) == pytest.approx(millions * 1e6, rel=within)
+
+
+def test_mobilefacenet_has_the_published_size_to_a_percent_once_norms_are_folded() -> None:
+    backbone = BACKBONES["mobilefacenet"].make(112, 128)
+    scales = sum(m.weight.numel() for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    assert (parameters(backbone) - scales) / 1e6 == pytest.approx(0.99, abs=0.005)
+
+
+def test_what_the_listing_says_is_what_is_built() -> None:
+    for row in listing("models"):
+        chosen = BACKBONES[row["name"]]
+        if row["name"] in PLAIN:
+            with torch.device("meta"):
+                assert parameters(chosen.make(chosen.side, chosen.features)) == row["parameters"]
+        assert f">= {chosen.smallest} px" in row["takes"]
+
+
+def test_the_configuration_knows_every_backbone() -> None:
+    assert get_args(Model.model_fields["backbone"].annotation) == tuple(BACKBONES)
+
+
+@pytest.mark.parametrize("name", PLAIN[1:])
+@pytest.mark.parametrize("side", [32, 45, 112])
+def test_every_side_gives_features(name: str, side: int) -> None:
+    with torch.device("meta"):
+        backbone = BACKBONES[name].make(side, 24)
+        assert backbone(torch.rand(2, 3, side, side)).shape == (2, 24)
+
+
+def test_maps_of_112_px_are_those_of_the_papers() -> None:
+    assert tuple(BACKBONES["mobilefacenet"].make(112, 128).pool.weight.shape) == (512, 1, 7, 7)
+    with torch.device("meta"):
+        assert BACKBONES["iresnet50"].make(112, 512).embedding.in_features == 512 * 7 * 7
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_an_iresnet_makes_features_that_differ(norm: str) -> None:
+    backbone = build_backbone(named("iresnet18", norm=norm), 0)
+    z = backbone(photos(4).float() / 255)
+    assert torch.isfinite(z).all()
+    assert torch.linalg.matrix_rank(z.detach()) >= 3
+
+
+@pytest.mark.parametrize("name", ["small", "mobilefacenet"])
+def test_a_backbone_is_twice_differentiable_in_its_photos(name: str) -> None:
+    """Gradient matching differentiates a gradient: along a direction, against a difference quotient."""
+    backbone = build_backbone(named(name, norm="frozen" if name == "mobilefacenet" else "group"), 0).double()
+    weights = list(backbone.parameters())
+    x = photos(2).double() / 255
+
+    def steepness(x: torch.Tensor, graph: bool = False) -> torch.Tensor:
+        z = F.normalize(backbone(x), dim=1)
+        slopes = torch.autograd.grad((z[0] - z[1]).square().sum(), weights, create_graph=graph)
+        return torch.stack([s.square().sum() for s in slopes]).sum()
+
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(steepness(leaf, graph=True), leaf)
+    way = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    h = 1e-7
+    quotient = (steepness(x + h * way) - steepness(x - h * way)) / (2 * h)
+    torch.testing.assert_close((slope * way).sum(), quotient.detach(), rtol=1e-3, atol=0)
+
+
+def test_untrained_networks_without_statistics_stay_finite() -> None:
+    """`frozen` before anybody's training is the untrained baseline: fifty layers must neither vanish nor overflow."""
+    backbone = build_backbone(named("iresnet50", norm="frozen"), 0)
+    z = embed(backbone, photos(3))
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(3))
+    assert float((z[0] - z[1]).norm()) > 1e-6
 
 
 def test_building_leaves_the_global_generator_alone() -> None:
@@ -50,7 +157,7 @@ def test_the_small_backbone_takes_every_size(size: int, features: int) -> None:
 
 def test_the_small_backbone_has_the_size_that_its_docstring_claims() -> None:
     backbone = build_backbone(replace(SMALL, image_size=48, embedding_size=128), 0)
-    assert sum(p.numel() for p in backbone.parameters()) == pytest.approx(0.45e6, rel=0.03)
+    assert parameters(backbone) == pytest.approx(0.45e6, rel=0.03)
 
 
 def test_the_small_backbone_has_no_batch_norm_and_no_buffer() -> None:
@@ -103,9 +210,10 @@ def test_nobody_embeds_to_no_rows() -> None:
     assert len(embed(build_backbone(SMALL, 0), photos(0))) == 0
 
 
-def test_batch_norm_is_refused_for_the_small_backbone() -> None:
-    with pytest.raises(UsageError, match=r"model\.norm = batch is not available.*'group'"):
-        build_backbone(replace(SMALL, norm="batch"), 0)
+@pytest.mark.parametrize("name", PLAIN)
+def test_photos_that_are_too_small_are_refused_before_anything_is_built(name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} makes features from photos of at least 32 px, not 16 from 31 px"):
+        build_backbone(named(name, image_size=31), 0)
 
 
 @pytest.mark.parametrize("wrong", [{"image_size": 64}, {"embedding_size": 128}, {"image_size": 74}])
@@ -114,14 +222,6 @@ def test_inception_refuses_sizes_and_says_which_settings_help(wrong: dict[str, i
         build_backbone(replace(INCEPTION, **wrong), 0)
     assert "--set model.embedding_size=512" in str(refusal.value)
     assert "--set data.image_size=112" in str(refusal.value)
-
-
-def test_replacing_batch_norm_leaves_none_and_keeps_widths() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Sequential(nn.BatchNorm2d(7)), nn.BatchNorm1d(5))
-    replace_batch_norm(net)
-    assert norms(net, nn.modules.batchnorm._BatchNorm) == 0
-    groups = [(m.num_groups, m.num_channels) for m in net.modules() if isinstance(m, nn.GroupNorm)]
-    assert groups == [(4, 12), (1, 7), (1, 5)]
 
 
 @pytest.mark.slow
@@ -133,7 +233,7 @@ def test_inception_forward(norm: str) -> None:
     backbone = build_backbone(replace(INCEPTION, norm=norm), 0)
     assert torch.equal(torch.rand(2), expected)
     assert (norms(backbone, nn.modules.batchnorm._BatchNorm) > 0) is (norm == "batch")
-    assert sum(p.numel() for p in backbone.parameters()) == pytest.approx(23.5e6, rel=0.01)
+    assert parameters(backbone) == BACKBONES["inception-resnet-v1"].parameters == pytest.approx(23.5e6, rel=0.001)
     x = torch.rand(2, 3, 80, 80)
     backbone.eval()
     with torch.no_grad():
