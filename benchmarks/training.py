@@ -1,61 +1,125 @@
-"""Images per second: a bare loop, a federated round over the same photos, and both under differential privacy."""
+"""Images per second of a bare loop and of federated rounds over the same photos, interleaved in one process.
+
+The bare loop is plain SGD on contiguous float32 tensors, every photo once, gradients clipped as in training. A round is timed
+with what a run adds to training itself (loading and averaging parameters, the correction), without evaluation and files. The
+share of rounds in a round is the time of `Federation.play` beside that of the same minibatches in the bare loop. Peak memory is
+that of a fresh process that trains one round.
+"""
 
 from __future__ import annotations
 
+import argparse
+import math
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from time import perf_counter
+
 import torch
 
-from benchmarks.timing import seconds
-from defenses.dp_sgd import DPSGD
-from defenses.none import NoDefense
 from fedgc import heads
-from fedgc.algorithms import ALGORITHMS
-from fedgc.config import load_config
-from fedgc.doors import Defense
-from fedgc.federation import Federation
+from fedgc.config import Config, load_config
+from fedgc.federation import Federation, Party
 from fedgc.models import build_model
 from fedgc.pipeline.memory import keep_freed_memory
-from fedgc.pipeline.setting import prepare
+from fedgc.pipeline.setting import Setting, federation, prepare
 
-SETTINGS = ("data.source=synthetic:80x12", "data.augment=false", "federation.local_epochs=1")
+SETTINGS = ("data.source=synthetic:160x14", "data.augment=false", "federation.local_epochs=1", "record.victims=0")
+SCHEMES = (("centralized", 1), ("fedavg", 8), ("fedgc", 8), ("fedavg", 37), ("fedgc", 37))
 
 
-def bare(photos: torch.Tensor, labels: torch.Tensor, batch: int) -> None:
-    """Plain SGD over every photo once, contiguous float32, no federation."""
-    spec = load_config(settings=SETTINGS).spec()
-    model = build_model(spec, int(labels.max()) + 1)
+def config(algorithm: str, clients: int, batch: int, *more: str) -> Config:
+    chosen = f"federation.algorithm={algorithm}", f"federation.clients={clients}", f"federation.batch_size={batch}"
+    return load_config(settings=(*SETTINGS, *chosen, *more))
+
+
+def bare_loop(parties: tuple[Party, ...], config: Config) -> Callable[[], None]:
+    """Plain SGD over each party's photos once, one party after another."""
+    spec, clip = config.spec(), config.federation.clip_norm or math.inf
+    model = build_model(spec, sum(len(p.classes) for p in parties))
     torch.nn.init.normal_(model.head.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
-    for index in torch.randperm(len(photos)).split(batch):
-        optimizer.zero_grad()
-        heads.loss(model(photos[index].float() / 255), labels[index], spec).backward()
-        optimizer.step()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+    def run() -> None:
+        for party in parties:
+            for index in torch.randperm(len(party.photos)).split(config.federation.batch_size):
+                optimizer.zero_grad()
+                heads.loss(model(party.photos[index].float() / 255), party.labels[index], spec).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+
+    return run
 
 
-def round_of(algorithm: str, clients: int, defense: Defense) -> tuple[float, int]:
-    """Seconds and images of one round."""
-    config = load_config(settings=(*SETTINGS, f"federation.clients={clients}", f"federation.algorithm={algorithm}"))
-    setting = prepare(config)
-    made = Federation(
-        ALGORITHMS[algorithm], config.spec(), config.schedule(), setting.parties, defense, 0, 1, setting.device
-    )
+def played(made: Federation) -> Callable[[], None]:
     state = made.initial_state()
-    return seconds(lambda: made.play(state)), made.play(state).images
+    return lambda: void(made.play(state, keep=lambda client: False))
+
+
+def void(_: object) -> None:
+    pass
+
+
+def best(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Least seconds of each call, all taking turns, after one turn to warm up."""
+    spent = dict.fromkeys(calls, math.inf)
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            spent[name] = min(spent[name], perf_counter() - start) if turn else math.inf
+    return spent
+
+
+def peak(algorithm: str, clients: int, batch: int) -> float:
+    """MB of a process that trains one round, libraries included."""
+    keep_freed_memory()
+    played(federation(prepare(config(algorithm, clients, batch))))()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform.startswith("linux") else 2**20)
+
+
+def in_a_fresh_process(algorithm: str, clients: int, batch: int) -> float:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(peak, algorithm, clients, batch).result()
+
+
+def table(batch: int, repeats: int) -> None:
+    whole = prepare(config("centralized", 1, batch))
+    images = len(whole.parties[0].photos)
+    calls = {"bare loop": bare_loop(whole.parties, whole.config)}
+    same: dict[str, str] = {}
+    for algorithm, clients in SCHEMES:
+        for precision in ("float32", "bfloat16"):
+            setting: Setting = prepare(config(algorithm, clients, batch, f"federation.precision={precision}"))
+            name = f"{algorithm}, {clients} clients, {precision}"
+            calls[name] = played(federation(setting))
+            if clients > 1 and algorithm == "fedavg" and precision == "float32":
+                alone = prepare(config(algorithm, clients, batch, "workers=1"))
+                calls[f"{name}, one at a time"] = played(federation(alone))
+                same[f"{name}, one at a time"] = f"bare loop, minibatches of {clients} clients"
+                calls[same[f"{name}, one at a time"]] = bare_loop(setting.parties, setting.config)
+    spent = best(calls, repeats)
+    for name, seconds in spent.items():
+        share = f", {spent[name] / spent[same[name]]:.3f} of the time of its minibatches" if name in same else ""
+        print(f"{batch:>5} {name:<42} {images / seconds:>8.0f} {spent['bare loop'] / seconds:>8.2f}{share}", flush=True)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
     keep_freed_memory()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; default net, 48 px, batch 32, median of 3")
-    party = prepare(load_config(settings=(*SETTINGS, "federation.algorithm=centralized"))).parties[0]
-    loop = len(party.photos) / seconds(lambda: bare(party.photos, party.labels, 32))
-    print(f"{'bare loop':<34} {loop:7.0f} images/s")
-    private = DPSGD(noise_multiplier=1.0)
-    for name, clients, defense in (
-        ("centralized", 1, NoDefense(name="none")), ("fedavg", 4, NoDefense(name="none")),
-        ("fedgc", 4, NoDefense(name="none")), ("fedgc", 4, private),
-    ):  # fmt: skip
-        spent, images = round_of(name, clients, defense)
-        label = f"{name}, {clients} clients, {defense.name}"
-        print(f"{label:<34} {images / spent:7.0f} images/s, {images / spent / loop:5.2f} of the bare loop")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; default net, 48 px; least of {options.repeats}"
+    )
+    print(f"{'batch':>5} {'what':<42} {'images/s':>8} {'x bare':>8}")
+    for batch in options.batches:
+        table(batch, options.repeats)
+    for algorithm, clients in SCHEMES:
+        print(f"peak memory, {algorithm}, {clients} clients: {in_a_fresh_process(algorithm, clients, 32):.0f} MB")
 
 
 if __name__ == "__main__":
