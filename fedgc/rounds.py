@@ -51,7 +51,11 @@ class Rounds:
         commit = {"round": t, "sha256": digest, "metrics": dict(metrics), "ledger": ledger}
         write_sealed(self._state(t, "json"), commit, PRIVATE)
         self._write_metrics([*self._metrics_lines()[: t - 1], json.dumps(dict(metrics))])
-        for old in self.rounds()[1:-2]:  # the first and the last two are kept whole
+        self._thin_out()
+
+    def _thin_out(self) -> None:
+        """Keep the tensors of the first and of the last two states."""
+        for old in self.rounds()[1:-2]:
             remove(self._state(old, "safetensors"))
 
     def rounds(self) -> list[int]:
@@ -75,7 +79,7 @@ class Rounds:
         return None
 
     def forget_after(self, round: int) -> None:
-        """Drop what a crash left of later rounds, so that they are played again, and mend the metrics of those that stay."""
+        """Drop what a crash left of later rounds, so that they are played again, and finish what it left undone of the others."""
         found = {}
         for line in self._metrics_lines():
             with suppress(ValueError, TypeError, KeyError):
@@ -89,6 +93,7 @@ class Rounds:
         lines = [found[t] for t in range(1, round + 1) if t in found]
         if lines != self._metrics_lines():
             self._write_metrics(lines)
+        self._thin_out()
 
     def metrics(self) -> list[dict[str, Any]]:
         """Of every complete round, in order. Raises RunError where a line is damaged."""

@@ -51,8 +51,9 @@ def same(run: Path, other: Path) -> None:
         names = sorted(p.name for p in (other / folder).iterdir())
         assert sorted(p.name for p in (run / folder).iterdir()) == names
         assert all((run / folder / n).read_bytes() == (other / folder / n).read_bytes() for n in names)
-    name = "state/round-0003.safetensors"
-    assert (run / name).read_bytes() == (other / name).read_bytes()
+    states = sorted(p.name for p in (other / "state").glob("*.safetensors"))
+    assert sorted(p.name for p in (run / "state").glob("*.safetensors")) == states
+    assert all((run / "state" / n).read_bytes() == (other / "state" / n).read_bytes() for n in states)
     assert (run / "privacy.json").read_bytes() == (other / "privacy.json").read_bytes()
     a, b = (document(RunDirectory(path)) for path in (run, other))
     assert (a["privacy"], a["utility"]) == (b["privacy"], b["utility"])

@@ -349,6 +349,18 @@ def test_the_first_and_the_last_two_states_are_kept(run) -> None:
     assert all(run.checkpoint_path(t).exists() for t in range(1, 7))
 
 
+def test_a_crash_before_old_states_are_removed_leaves_none(run, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "_thin_out", lambda self: None)
+        saved(run, *range(1, 5))
+    run.forget_after(run.load_state().round)
+    assert sorted(p.stem for p in (run.path / "state").glob("*.safetensors")) == [
+        "round-0001",
+        "round-0003",
+        "round-0004",
+    ]
+
+
 # -- refusals
 
 
