@@ -135,7 +135,7 @@ class Federation:
             None,
             s.augment,
             self.defense.card(),
-            s.server_lr,
+            1.0 if self.algorithm.alone else s.server_lr,
             s.precision,
         )
 
@@ -238,7 +238,9 @@ class Federation:
         self, state: State, got: Collected, constants: LocalConstants, where: Where
     ) -> tuple[State, Tensors, dict[int, Tensors]]:
         """The server's half: the next state, the momentum that went into it, and the class embeddings it returns."""
-        decay, rate, W = self.schedule.server_momentum, self.schedule.server_lr, got.rows
+        decay, rate, W = self.schedule.server_momentum, constants.server_lr, got.rows
+        if self.algorithm.alone:  # there is no server
+            decay = 0.0
         delta = self.defense.aggregated(got.mean.total, generator(self.noise_key, "aggregated", *where))
         carried = {name: decay * tensor for name, tensor in state.momentum.items()}
         momentum = {name: tensor + carried[name] if carried else tensor for name, tensor in delta.items()}

@@ -24,6 +24,7 @@ from fedgc.threats import THREATS
 from fedgc.types import BACKBONE, HEAD, State, Transcript
 from fedgc.victims import manifest_hash, victims
 
+SERVER = {"server_momentum": 0.8, "server_lr": 0.5}
 EVERY = ("centralized", "fedavg", "fedpe", "fedgc")
 NOISY = DPSGD(noise_multiplier=1.0, delta=1e-2)
 
@@ -211,6 +212,11 @@ def test_the_server_adds_its_momentum(federation) -> None:
         rest = {n: sum(t.weight(k) * t.updates[k].tensors[n] for k in (1, 2)) / (1 - t.weight(0)) for n in t.broadcast}
         close(others.delta, rest, atol=2e-6)
         state = result.state
+
+
+def test_who_trains_alone_has_no_server(federation, parties) -> None:
+    plain, slowed = (federation("centralized", clients=merged(parties), **more) for more in ({}, SERVER))
+    assert same_state(played(plain), played(slowed))
 
 
 def test_without_momentum_nothing_is_carried(federation) -> None:
