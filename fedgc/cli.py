@@ -48,7 +48,7 @@ def demo(out: Path, as_json: bool) -> None:
 
 @cli.group()
 def data() -> None:
-    """Look at folders of faces."""
+    """Get, prepare and look at folders of faces."""
 
 
 @data.command("list")
@@ -58,6 +58,55 @@ def data_list(as_json: bool) -> None:
     from fedgc.pipeline.listing import listing
 
     show(as_json, listing("datasets"), lambda ui: ui.listing_table("datasets", listing("datasets")))
+
+
+@data.command("fetch")
+@click.argument("name", metavar="lfw|olivetti")
+@click.argument("destination", metavar="[DST]", required=False, type=click.Path(path_type=Path))
+@json_option
+def data_fetch(name: str, destination: Path | None, as_json: bool) -> None:
+    """Download a public set with scikit-learn and write it to DST (default: faces/NAME), one sub-folder a person."""
+    from fedgc.data.fetch import fetch
+
+    filled(as_json, lambda watch: fetch(name, destination or Path("faces") / name, progress=watch))
+
+
+@data.command("prepare")
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option("--align", type=click.Choice(["mtcnn", "center", "none"]), default="mtcnn", show_default=True)
+@click.option("--size", type=int, default=112, show_default=True, help="Side of the face images in pixels.")
+@click.option(
+    "--center-fraction", type=float, default=0.52, show_default=True, help="Of the shorter side, with --align center."
+)
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes. [default: one a core]")
+@json_option
+def data_prepare(
+    source: str, destination: Path, align: Any, size: int, center_fraction: float, jobs: int | None, as_json: bool
+) -> None:
+    """Find and align the face of every photo in SRC once, and write the faces to DST, one sub-folder a person.
+
+    Interrupted, the same command goes on where it stopped; run again later, it does what changed in SRC.
+    """
+    from fedgc.data.preparation import prepare
+
+    filled(
+        as_json,
+        lambda watch: prepare(
+            source, destination, align=align, size=size, center_fraction=center_fraction, jobs=jobs, progress=watch
+        ),
+    )
+
+
+def filled(as_json: bool, fill: Callable[[Any], dict[str, Any]]) -> None:
+    """Fill a folder of faces; a signal leaves it so that the same command goes on."""
+    try:
+        with watching() as watch:
+            made = fill(watch)
+    except StopSignalError as stop:
+        click.echo("stopped; the same command goes on", err=True)
+        sys.exit(stop.code)
+    show(as_json, made, lambda ui: ui.preparation(made))
 
 
 @data.command("inspect")

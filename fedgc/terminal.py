@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -112,7 +111,6 @@ def evaluation(result: Mapping[str, Any]) -> None:
 
 def listed_pairs(found: Mapping[str, Any]) -> None:
     """What `evaluate --pairs` found: two measures, the rule behind them, and which pairs were left out."""
-    say = partial(out().print, highlight=False, markup=False)
     say(f"listed pairs of {found['source']}: accuracy {measured(found['accuracy'])}, AUC {measured(found['auc'])}")
     say(f"{found['pairs']} of {found['listed']} pairs ({found['matched']} matched) of {found['people']} people; "
         f"threshold from {found['threshold_from']}")  # fmt: skip
@@ -133,6 +131,24 @@ def listed_pairs(found: Mapping[str, Any]) -> None:
         unnamed = found["missing"] - len(found["missing_files"])
         more = f", and {unnamed} more" if unnamed else ""
         say(f"photos missing or unusable: {named}{more}", style="yellow")
+
+
+def preparation(made: Mapping[str, Any]) -> None:
+    table = Table(title=f"{made['destination']}: {made['people']} people")
+    table.add_column("photos", justify="right")
+    table.add_column("what became of them")
+    table.add_row(str(made["kept"]), f"kept ({made['reused']} done before)" if made["reused"] else "kept")
+    for reason, about in made["reasons"].items():
+        table.add_row(str(about["count"]), escape(f"dropped: {reason} ({about['examples'][0]}, ...)"))
+    out().print(table)
+    if made["terms"]:
+        say(f"terms: {made['terms']}")
+    say(f"{made['seconds']:.1f} s; every file is named in {made['manifest']}")
+    say(f"next: fedgc-priv train --data {made['destination']}")
+
+
+def say(line: str, style: str | None = None) -> None:
+    out().print(line, style=style, highlight=False, markup=False)
 
 
 def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
@@ -182,8 +198,6 @@ def listing_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def inspection(found: Mapping[str, Any]) -> None:
-    console = out()
-    say = partial(console.print, highlight=False, markup=False)
     say(f"{found['people']} people, {found['images']} usable photos in {found['source']}")
     spread = found["images_per_person"]
     if spread:

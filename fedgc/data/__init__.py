@@ -3,6 +3,7 @@
 from fedgc.data.align import ALIGNMENTS, Align
 from fedgc.data.faces import FaceSet, Skipped, load_faces, synthetic_spec
 from fedgc.data.inspection import inspect
+from fedgc.data.preparation import prepare
 from fedgc.data.splits import Splits, partition, split_identities
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "inspect",
     "load_faces",
     "partition",
+    "prepare",
     "split_identities",
     "synthetic_spec",
 ]

@@ -48,6 +48,16 @@ def aligned(image: Image.Image, align: Align, size: int, center_fraction: float 
     return np.ascontiguousarray(np.asarray(face, dtype=np.uint8).transpose(2, 0, 1))
 
 
+def check_alignment(align: str, size: int, center_fraction: float) -> None:
+    """Raises DataError for an unknown alignment, or a size or fraction out of range."""
+    if not 8 <= size <= 1024:
+        raise DataError(f"data.image_size={size}: choose 8 to 1024 pixels (64 and 112 are usual)")
+    if align not in ALIGNMENTS:
+        raise DataError(f"data.align={align!r}: choose one of {', '.join(ALIGNMENTS)}")
+    if not 0 < center_fraction <= 1:
+        raise DataError(f"the central fraction {center_fraction} must lie in (0, 1]")
+
+
 def shorter_side_needed(align: Align, size: int, center_fraction: float) -> int:
     """Pixels of a photo's shorter side that matter: a face image is drawn from at least twice its own."""
     if align == "mtcnn":

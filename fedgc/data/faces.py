@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fedgc.data.align import ALIGNMENTS, Align, aligned, shorter_side_needed
+from fedgc.data.align import Align, aligned, check_alignment, shorter_side_needed
 from fedgc.data.folder import BARREN, Folder, Skipped, UnusableImageError, decode, read_bytes, scan, skip
 from fedgc.errors import DataError
 
@@ -99,12 +100,7 @@ def load_faces(
     Raises:
         DataError: the source does not exist or holds nobody who can be used, or an argument is out of range.
     """
-    if not 8 <= image_size <= 1024:
-        raise DataError(f"data.image_size={image_size}: choose 8 to 1024 pixels (64 and 112 are usual)")
-    if align not in ALIGNMENTS:
-        raise DataError(f"data.align={align!r}: choose one of {', '.join(ALIGNMENTS)}")
-    if not 0 < center_fraction <= 1:
-        raise DataError(f"the central fraction {center_fraction} must lie in (0, 1]")
+    check_alignment(align, image_size, center_fraction)
     spec = synthetic_spec(source)
     if spec is not None:
         return _synthetic(*spec, image_size, seed)
@@ -152,7 +148,6 @@ def _from_folder(
     total = sum(len(person.files) for person in folder.people)
     _check_memory(total, size, source)
     pixels = torch.empty((total, 3, size, size), dtype=torch.uint8)
-    needed = shorter_side_needed(align, size, fraction)
     skipped = list(folder.skipped)
     names: list[str] = []
     files: list[str] = []
@@ -163,9 +158,7 @@ def _from_folder(
         for file in person.files:
             path = folder.root / person.name / file
             try:
-                image = decode(read_bytes(path), shorter_side=needed)
-                face = aligned(image, align, size, fraction)
-                pixels[len(files) + len(usable)] = torch.from_numpy(face)
+                pixels[len(files) + len(usable)] = _face(path, size, align, fraction)
                 usable.append(f"{person.name}/{file}")
             except UnusableImageError as problem:
                 skipped.append(skip(folder.root, path, str(problem)))
@@ -189,6 +182,11 @@ def _from_folder(
         source=source,
         skipped=tuple(sorted(skipped, key=lambda entry: entry.path)),
     )
+
+
+def _face(path: Path, size: int, align: Align, fraction: float) -> Tensor:
+    image = decode(read_bytes(path), shorter_side=shorter_side_needed(align, size, fraction))
+    return torch.from_numpy(aligned(image, align, size, fraction))
 
 
 def _check_memory(images: int, size: int, source: str) -> None:

@@ -10,9 +10,11 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,6 +25,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP")  # Pillow's names; PPM includes 
 MAX_PIXELS = 25_000_000
 MAX_BYTES = 200_000_000  # more than MAX_PIXELS of uncompressed 16-bit RGBA would need
 MIN_SIDE = 8
+JOURNAL = ".prepared.jsonl"  # of a folder whose preparation did not finish (fedgc.data.prepared)
 
 EMPTY = "the file is empty"
 FOREIGN = "not a JPEG, PNG, PPM/PGM, BMP or WebP image"
@@ -76,9 +79,11 @@ def scan(source: str) -> Folder:
     the same person or photo could put it on both sides of a split.
 
     Raises:
-        DataError: the folder is missing, unreadable, not a folder, empty, or has no sub-folder.
+        DataError: the folder is missing, unreadable, not a folder, empty, half prepared, or has no sub-folder.
     """
     root = _root(source)
+    if (root / JOURNAL).exists():
+        raise DataError(f"{source!r} is not completely prepared: run the same `fedgc-priv data` command again first")
     skipped: list[Skipped] = []
     seen: set[Path] = set()
     folders = []
@@ -104,6 +109,14 @@ def skip(root: Path, path: Path, reason: str) -> Skipped:
     """Name what is left out; control characters and odd bytes are escaped, so it can be printed anywhere."""
     name = path.relative_to(root).as_posix()
     return Skipped(name if name.isprintable() else ascii(name)[1:-1], reason)
+
+
+def by_reason(skipped: Iterable[Skipped], examples: int = 5) -> dict[str, dict[str, Any]]:
+    """For each reason its ``count`` and up to so many ``examples`` of paths."""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for entry in sorted(skipped, key=lambda entry: entry.path):
+        paths[entry.reason].append(entry.path)
+    return {reason: {"count": len(some), "examples": some[:examples]} for reason, some in sorted(paths.items())}
 
 
 def read_bytes(path: Path) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedgc.data.folder import (
     Folder,
     Skipped,
     UnusableImageError,
+    by_reason,
     decode,
     describe,
     read_bytes,
@@ -112,7 +113,7 @@ def _summary(
         "images_per_person": _spread(usable),
         "sizes": [{"width": w, "height": h, "images": n} for (w, h), n in sizes.most_common(max(1, examples))],
         "formats": dict(formats.most_common()),
-        "skipped": _by_reason(skipped, examples),
+        "skipped": by_reason(skipped, examples),
         "people_with_one_image": counts.count(1),
         "duplicates": {
             "across_people": _groups(across, examples),
@@ -125,13 +126,6 @@ def _summary(
 
 def _spread(counts: Sequence[int]) -> dict[str, float] | None:
     return {"min": min(counts), "median": median(counts), "max": max(counts)} if counts else None
-
-
-def _by_reason(skipped: Iterable[Skipped], examples: int) -> dict[str, dict[str, Any]]:
-    paths: dict[str, list[str]] = defaultdict(list)
-    for entry in sorted(skipped, key=lambda entry: entry.path):
-        paths[entry.reason].append(entry.path)
-    return {reason: {"count": len(some), "examples": some[:examples]} for reason, some in sorted(paths.items())}
 
 
 def _groups(groups: Sequence[Sequence[tuple[str, str]]], examples: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from attacks.registry import ATTACKS
 from defenses.registry import DEFENSES
 from fedgc.algorithms import ALGORITHMS
+from fedgc.data.fetch import SOURCES
 from fedgc.models import BACKBONES
 from fedgc.threats import THREATS
 
@@ -49,4 +50,8 @@ def listing(kind: str) -> list[dict[str, Any]]:
                 {"name": "synthetic", "what": "built-in synthetic faces, 120 people with 12 photos each"},
                 {"name": "synthetic:PEOPLExPHOTOS", "what": "the same, with your numbers"},
                 {"name": "FOLDER", "what": "one sub-folder of photos a person (JPEG, PNG, PPM/PGM, BMP, WebP)"},
+                *(
+                    {"name": f"faces/{s.name}", "what": f"after `data fetch {s.name}`: {s.what}; {s.terms}"}
+                    for s in SOURCES.values()
+                ),
             ]
