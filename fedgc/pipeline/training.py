@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,7 +28,8 @@ from fedgc.victims import manifest_hash, victims
 
 NAMED_SKIPS = 1000  # files that could not be used, named in run.json
 NO_PUBLIC = {"auc": {"value": None, "low": None, "high": None, "n": 0, "why": "no public pre-training"}}
-QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown after every round
+QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown while training
+QUICK_TIMES = 48  # at most so often in a run: many short rounds are not held up by it
 
 
 def train(
@@ -149,7 +151,7 @@ def _rounds(
             run.save_transcript(transcript_name(t), result.transcript)
         privacy = parties.defense.spent([c for c in ledger if c.round <= t], quick=True)
         metrics = {
-            "round": t, "loss": round(result.loss, 5), "auc": round(quick(state), 5), "images": result.images,
+            "round": t, "loss": round(result.loss, 5), "auc": quick(state, rounds), "images": result.images,
             "epsilon": privacy["epsilon"] if privacy else None, "seconds": round(time.monotonic() - clock, 3),
         }  # fmt: skip
         run.save_round(state, metrics, parties.spec)
@@ -169,7 +171,7 @@ def _record_steps(setting: Setting, parties: Federation, state: State, run: RunD
 
 
 class QuickUtility:
-    """AUC on a few photos of the calibration people: what progress shows after every round, and no result."""
+    """AUC on a few photos of the calibration people: what progress shows while training, and no result."""
 
     def __init__(self, setting: Setting, parties: Federation) -> None:
         faces = setting.faces
@@ -177,9 +179,12 @@ class QuickUtility:
         self.photos, self.people = faces.images[index], faces.labels[index]
         self.backbone = copy.deepcopy(parties.backbone)
 
-    def __call__(self, state: State) -> float:
+    def __call__(self, state: State, rounds: int) -> float | None:
+        """After the last round, and evenly before it; None in between."""
+        if (rounds - state.round) % math.ceil(rounds / QUICK_TIMES):
+            return None
         pairs = PairScores.from_embeddings(embedding(self.backbone, state)(self.photos), self.people)
-        return float(pairs.curve().auc()[0])
+        return round(float(pairs.curve().auc()[0]), 5)
 
 
 def on_device(state: State, device: torch.device) -> State:
@@ -191,7 +196,10 @@ def on_device(state: State, device: torch.device) -> State:
 
 def describe(metrics: Mapping[str, Any]) -> str:
     """One round in a few words."""
-    epsilon = metrics["epsilon"]
-    return f"loss {metrics['loss']:.3f}, AUC {metrics['auc']:.3f}" + (
-        f", ε ≤ {epsilon:.2f}" if epsilon is not None else ""
-    )
+    auc, epsilon = metrics["auc"], metrics["epsilon"]
+    said = [
+        f"loss {metrics['loss']:.3f}",
+        "" if auc is None else f"AUC {auc:.3f}",
+        "" if epsilon is None else f"ε ≤ {epsilon:.2f}",
+    ]
+    return ", ".join(filter(None, said))
