@@ -33,7 +33,7 @@ from fedgc.runs import RunDirectory
 ROUNDS, WRITES = 8, 40  # of a run; under differential privacy there are more writes
 TINY = (
     "data.source=synthetic:24x6", "data.image_size=32", "federation.clients=2", f"federation.rounds={ROUNDS}",
-    "record.victims=2", "record.batch_sizes=[1, 2]", "model.embedding_size=32",
+    "record.victims=2", "record.batch_sizes=[1, 2]", "model.embedding_size=32", "federation.server_momentum=0.5",
 )  # fmt: skip
 PRIVATE = ("defense.name=dp-sgd", "defense.noise_multiplier=1.0")
 DEFENSES = {"none": (), "dp-sgd": (*PRIVATE, "defense.noise_seed=7"), "dp-sgd, own key": PRIVATE}

@@ -105,6 +105,8 @@ def training(result: Mapping[str, Any]) -> None:
 
 def evaluation(result: Mapping[str, Any]) -> None:
     training(result)
+    if result.get("excluded_trained"):
+        say(f"{result['excluded_trained']} people are left out: they have the names of people who were trained on")
     if "pairs" in result:
         listed_pairs(result["pairs"])
 

@@ -21,7 +21,7 @@ from fedgc.data.faces import FaceSet, synthetic_spec
 from fedgc.data.folder import Folder, UnusableImageError, decode, read_bytes, scan, skip
 from fedgc.data.pair_lists import Pair, PairList, Photo, locate, read_pairs
 from fedgc.data.splits import Splits
-from fedgc.errors import RunError, UsageError
+from fedgc.errors import DataError, RunError, UsageError
 from fedgc.models import build_backbone, embed, state_tensors
 from fedgc.pipeline.initial import kept_initial
 from fedgc.pipeline.setting import Setting, load_config_faces
@@ -29,6 +29,8 @@ from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory, holding
 from fedgc.types import BACKBONE, State
+
+FEWEST_STRANGERS = 4  # two to test on, two for thresholds
 
 Embedding = Callable[[Tensor], Tensor]
 
@@ -73,7 +75,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a finished run again: on its own test people, or on the people of another source, none of them trained on.
 
-    Of another source, half of the people serve for thresholds and half for the test. ``pairs`` is a list of pairs of
+    Of another source, half of the people serve for thresholds and half for the test; who has the name of somebody trained on
+    is left out and counted (``excluded_trained``). ``pairs`` is a list of pairs of
     the source's photos (`fedgc.data.pair_lists`), measured beside; of the run's own source nothing else is then read,
     and the utility is the one that training recorded. Nothing in the run changes.
     """
@@ -93,7 +96,9 @@ def evaluate(
             return {**result, "source": config.data.source}
     config = elsewhere
     faces = load_config_faces(config, watch)
-    test, calibration = _unseen(run, faces, config) if data is None else _halves(faces, config.seed)
+    names = set() if data is None else set(run.load_identities()["class_name"].values())
+    test, calibration = _unseen(run, faces, config) if data is None else _halves(faces, config.seed, names)
+    result["excluded_trained"] = len(names & set(faces.names))
     initial = kept_initial(run)
 
     def measured(state: State) -> dict[str, Any]:
@@ -119,10 +124,18 @@ def _unseen(run: RunDirectory, faces: FaceSet, config: Config) -> tuple[tuple[in
     return splits.test, splits.calibration
 
 
-def _halves(faces: FaceSet, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    order = torch.randperm(len(faces.names), generator=torch.Generator().manual_seed(seed)).tolist()
+def _halves(faces: FaceSet, seed: int, trained: set[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(test, calibration) of the people whose names are not those of people trained on."""
+    strangers = [person for person, name in enumerate(faces.names) if name not in trained]
+    if len(strangers) < FEWEST_STRANGERS:
+        raise DataError(
+            f"{faces.source!r} has {len(strangers)} people who have no name of somebody this run was trained on, and "
+            f"{FEWEST_STRANGERS} are needed, half for thresholds and half for the test: give other faces"
+        )
+    order = torch.randperm(len(strangers), generator=torch.Generator().manual_seed(seed)).tolist()
     half = len(order) // 2
-    return tuple(sorted(order[half:])), tuple(sorted(order[:half]))
+    test, calibration = (tuple(sorted(strangers[i] for i in part)) for part in (order[half:], order[:half]))
+    return test, calibration
 
 
 def list_utility(
