@@ -115,11 +115,9 @@ class RunningMean:
         self.total: dict[str, Tensor] = {}
 
     def add(self, tensors: Tensors, weight: float) -> None:
-        for name, tensor in tensors.items():
-            if name in self.total:
-                self.total[name].add_(tensor, alpha=weight)
-            else:
-                self.total[name] = tensor * weight
+        if not self.total:
+            self.total = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+        torch._foreach_add_([self.total[name] for name in tensors], list(tensors.values()), alpha=weight)
 
 
 def backbone_part(tensors: Tensors) -> dict[str, Tensor]:

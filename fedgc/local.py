@@ -32,8 +32,7 @@ class LocalResult:
 def load_tensors(model: FaceModel, tensors: Tensors) -> None:
     """Copy named tensors into the resident model, in place."""
     own = state_tensors(model)
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+    torch._foreach_copy_([own[name] for name in tensors], list(tensors.values()))
 
 
 def epoch_batches(count: int, batch_size: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -111,6 +110,7 @@ def train_locally(
     the first loss that is not finite, before anything leaves the client.
     """
     before = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
+    parameters = list(model.parameters())  # once: walking over the modules takes as long as a small layer
     groups = [
         {"params": list(model.backbone.parameters()), "lr": constants.lr},
         {"params": [model.head.weight], "lr": constants.lr_of(HEAD)},
@@ -129,14 +129,16 @@ def train_locally(
             loss = heads.loss(model(x), labels[index], constants.spec)
             loss.backward()
             if constants.clip_norm is not None and not session.bounded:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), constants.clip_norm)
+                torch.nn.utils.clip_grad_norm_(parameters, constants.clip_norm)
             session.optimizer.step()
             steps, images = steps + 1, images + len(index)
             if len(index):
                 losses.append(loss.detach())
     mean = float(torch.stack(losses).mean()) if losses else float("nan")
-    delta = {name: tensor - before[name] for name, tensor in state_tensors(model).items()}
-    if (losses and not math.isfinite(mean)) or not all(bool(d.isfinite().all()) for d in delta.values()):
+    after = state_tensors(model)
+    delta = dict(zip(after, torch._foreach_sub(list(after.values()), [before[name] for name in after]), strict=True))
+    finite = torch.stack(torch._foreach_norm(list(delta.values()))).isfinite().all()
+    if (losses and not math.isfinite(mean)) or not bool(finite):
         raise WorkFailedError(
             f"training of client {plan.client} diverged (loss {mean:g}, or an update that is not finite), and nothing "
             f"was sent. Lower federation.lr (now {constants.lr:g})"
