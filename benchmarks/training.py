@@ -98,10 +98,8 @@ def table(batch: int, repeats: int) -> None:
             name = f"{algorithm}, {clients} clients, {precision}"
             calls[name] = played(federation(setting))
             if clients > 1 and algorithm == "fedavg" and precision == "float32":
-                alone = prepare(config(algorithm, clients, batch, "workers=1"))
-                calls[f"{name}, one at a time"] = played(federation(alone))
-                same[f"{name}, one at a time"] = f"bare loop, minibatches of {clients} clients"
-                calls[same[f"{name}, one at a time"]] = bare_loop(setting.parties, setting.config)
+                same[name] = f"bare loop, minibatches of {clients} clients"
+                calls[same[name]] = bare_loop(setting.parties, setting.config)
     spent = best(calls, repeats)
     for name, seconds in spent.items():
         share = f", {spent[name] / spent[same[name]]:.3f} of the time of its minibatches" if name in same else ""

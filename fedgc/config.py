@@ -146,12 +146,9 @@ class Record(Section):
 
 
 class Config(Section):
-    """workers: clients trained side by side on the CPU, "auto" for one a thread; each has its share of the threads."""
-
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["inprocess"] = "inprocess"
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     data: Data = Data()
     model: Model = Model()
     head: Head = Head()

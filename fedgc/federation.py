@@ -34,7 +34,6 @@ from fedgc.types import (
     Transcript,
     Truth,
 )
-from fedgc.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,8 @@ class Collected:
 
 @dataclass
 class Federation:
-    """Parties, scheme and defense, with a resident model for each worker that every client trains in turn.
-
-    workers: clients trained side by side, each with its share of the threads. initial: `backbone.*` tensors to start from in
-    place of random ones.
-    """
+    """Parties, scheme and defense, with one resident model that every client trains in turn. initial: `backbone.*` tensors to
+    start from in place of random ones."""
 
     algorithm: Algorithm
     spec: ModelSpec
@@ -76,12 +72,12 @@ class Federation:
     seed: int
     noise_key: int
     device: torch.device
-    workers: int = 1
     initial: Tensors | None = None
 
     def __post_init__(self) -> None:
-        count = min(self.workers, len(self.parties)) if self.device.type == "cpu" else 1
-        self.crew = Workers([self._fresh().to(memory_format=torch.channels_last) for _ in range(count)])
+        self.backbone = self._fresh().to(
+            memory_format=torch.channels_last
+        )  # the faster layout for convolutions on a CPU
         self.owners = tuple(p.client for p in self.parties for _ in p.classes)
         module = FaceModel(self.backbone, CosineHead(1, self.spec.embedding_size))
         self.defense.check_module(module)
@@ -93,11 +89,6 @@ class Federation:
 
     def _fresh(self) -> nn.Module:
         return build_backbone(self.spec, self.seed).to(self.device)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """A resident network; it holds whatever was trained last."""
-        return self.crew.models[0]
 
     @property
     def classes(self) -> int:
@@ -175,9 +166,8 @@ class Federation:
         """Clients train, each update is added up as it arrives, and the server makes the next state of the sum."""
         examples = {p.client: len(p.photos) for p in parties}
         got = Collected(state.rows.clone())
-        train = lambda backbone, party: self._train(backbone, party, state, constants, where)  # noqa: E731
-        for party, result in zip(parties, self.crew.map(train, parties), strict=True):
-            self._collect(got, party, result, examples, where, keep)
+        for party in parties:
+            self._collect(got, party, self._train(party, state, constants, where), examples, where, keep)
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got.updates, returned, examples, carried)
         return RoundResult(new, transcript, sum(got.losses) / max(1, len(got.losses)), got.images)
@@ -185,12 +175,10 @@ class Federation:
     def _visible_rows(self, party: Party) -> tuple[int, ...]:
         return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
 
-    def _train(
-        self, backbone: nn.Module, party: Party, state: State, constants: LocalConstants, where: Where
-    ) -> LocalResult:
+    def _train(self, party: Party, state: State, constants: LocalConstants, where: Where) -> LocalResult:
         """The client's half: what ``party`` makes of the state, in a round on all its photos or in a single step on them."""
         rows, single = self._visible_rows(party), where[0] == "step"
-        model = FaceModel(backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
+        model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
         load_tensors(model, {**state.backbone, HEAD: state.rows[list(rows)]})
         model.train(not single)
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731

@@ -81,7 +81,7 @@ def federation(setting: Setting, initial: Tensors | None = None) -> Federation:
     return Federation(
         ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(), setting.parties,
         config.defense, config.seed, secrets.randbits(256), setting.device,
-        torch.get_num_threads() if config.workers == "auto" else config.workers, initial,
+        initial,
     )  # fmt: skip
 
 

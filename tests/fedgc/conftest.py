@@ -47,12 +47,12 @@ def federation(parties: list[Party]) -> Callable[..., Federation]:
 
     def build(
         algorithm: str = "fedgc", *, defense: Defense | None = None, seed: int = 0, noise_key: int = 1,
-        clients: Sequence[Party] | None = None, spec: ModelSpec = SPEC, workers: int = 1, **changes: Any,
+        clients: Sequence[Party] | None = None, spec: ModelSpec = SPEC, **changes: Any,
     ) -> Federation:  # fmt: skip
         schedule = Schedule(**{**SCHEDULE, **changes})
         return Federation(
             ALGORITHMS[algorithm], spec, schedule, clients or parties, defense or NoDefense(), seed, noise_key,
-            torch.device("cpu"), workers,
+            torch.device("cpu"),
         )  # fmt: skip
 
     return build
