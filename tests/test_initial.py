@@ -101,8 +101,9 @@ def test_public_only_is_the_utility_before_training(tuned: Path) -> None:
     assert baselines["public-only"]["auc"]["value"] is not None
     assert baselines["public-only"] != baselines["untrained"]
     assert evaluate(tuned)["baselines"] == baselines
-    elsewhere = evaluate(tuned, "synthetic:16x4")
-    assert elsewhere["baselines"]["public-only"]["identities"] == elsewhere["utility"]["identities"] == 8
+    elsewhere = evaluate(tuned, "synthetic:32x4")
+    strangers = 32 - elsewhere["excluded_trained"]
+    assert elsewhere["baselines"]["public-only"]["identities"] == elsewhere["utility"]["identities"] == strangers // 2
 
 
 def test_public_only_needs_public_weights(public: dict[str, Path]) -> None:
