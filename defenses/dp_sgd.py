@@ -103,10 +103,10 @@ class DPSGD(Defense):
             loss_reduction="mean",
             generator=on_device(noise, device),
         )
-        # for good: clients that train side by side share one list of filters
-        warnings.filterwarnings("ignore", message="Full backward hook")
         try:
-            yield LocalSession(private, batches, bounded=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Full backward hook")
+                yield LocalSession(private, batches, bounded=True)
         finally:
             hooks.cleanup()
             for parameter in module.parameters():
