@@ -1,0 +1,303 @@
+"""What the gradient of the last layers of a backbone says of the photos of one step, with the head's rows or without.
+
+The last linear layer makes y = W h + b of its input h, and a norm may follow, z = norm(y). With δ_i = dL/dy_i its gradients are
+dW = Σ δ_i h_iᵀ and db = Σ δ_i, so that one photo has h = dWᵀdb / |db|² (Phong et al. 2018), whatever the head, the label and the
+clipping. A norm's own gradients are dβ = Σ dL/dz and dγ = Σ dL/dz·x̂ with z = γ x̂ + β, so that one photo has z = γ dγ/dβ + β.
+Several photos are told apart by the zeros of a ReLU (`attacks.unmixing`) or, where the head's rows are seen, by the
+directions of their gradients, which follow from the unit features (`attacks.head_algebra`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks.head_algebra import (
+    HeadRows,
+    embedding_of_one,
+    feature_gradients,
+    guess_labels,
+    head_rows,
+    labels_of,
+    match_batch,
+    match_rest,
+)
+from attacks.unmixing import singular, unmix
+from attacks.updates import gradient
+from fedgc.backbones.norms import FrozenBatchNorm
+from fedgc.models import build_backbone
+from fedgc.rng import generator
+from fedgc.types import BACKBONE, LocalConstants, ObservedUpdate
+
+RANK_ONE = 0.1  # share of the length of dW that db must leave unexplained at most
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What one update gives away, entry i of each field about the same photo; None where it does not follow.
+
+    labels: int64 (n,) rows of the head, ascending; unit_embeddings: (n, d); inputs: (n, f) of the embedding layer in their true
+    scale; features: (n, d) before any normalisation to unit length; feature_gradient: (n, d) dL/dz as observed. n is the number of
+    photos, or without the head's rows how many of them could be told apart. All but labels float64. how: for people.
+    """
+
+    labels: Tensor | None
+    unit_embeddings: Tensor | None
+    inputs: Tensor | None
+    features: Tensor | None
+    feature_gradient: Tensor | None
+    how: str
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last linear layer of a backbone, the flat norm on its output and the one on its input, if any, in float64 and at the
+    parameters that the update started from; gradients: what the update shows of each parameter.
+
+    Found by what a layer is and what it was given in a forward pass. rectified: whether the layer's input is that of a ReLU.
+    """
+
+    linear: nn.Linear
+    norm: nn.Module | None
+    feeding: nn.Module | None
+    rectified: bool
+    gradients: Mapping[nn.Module, Mapping[str, Tensor]]
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """(n, f) -> (n, d), the backbone's features but for their length where it ends in a normalisation."""
+        with torch.no_grad():
+            y = self.linear(inputs)
+            return y if self.norm is None else cast(Tensor, self.norm(y))
+
+    def output_of(self, norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+        """(d,) γ dγ/dβ + β of one photo, and dβ, the square of which says how far each number can be trusted."""
+        seen = self.gradients.get(norm, {}) if norm is not None else {}
+        if norm is None or not {"weight", "bias"} <= set(seen) or not bool(seen["bias"].any()):
+            return None
+        dgamma, dbeta = seen["weight"], seen["bias"]
+        safe = torch.where(dbeta == 0, torch.ones_like(dbeta), dbeta)
+        return norm.weight.detach() * dgamma / safe + norm.bias.detach(), dbeta  # type: ignore[operator]
+
+
+def tail(update: ObservedUpdate, constants: LocalConstants) -> Tail | None:
+    """The last layers behind an update, or None where their gradient does not reach the observer."""
+    start = {n.removeprefix(BACKBONE): t for n, t in update.before.items() if n.startswith(BACKBONE)}
+    if not start:
+        return None
+    backbone = build_backbone(constants.spec, seed=0).eval()
+    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    calls = _calls(backbone, constants.spec.image_size)
+    names = {module: name for name, module in backbone.named_modules()}
+    linears = [c for c in calls if isinstance(c[0], nn.Linear)]
+    if not linears or f"{BACKBONE}{names[linears[-1][0]]}.weight" not in update.delta:
+        return None
+    linear, given, made = linears[-1]
+    norm = next((m for m, x, _ in calls if x is made and _flat_norm(m)), None)
+    feeding = next((m for m, _, y in calls if y is given and _flat_norm(m)), None)
+    observed = gradient(update, constants)
+    gradients = {
+        module: {
+            name: observed[key].double()
+            for name, _ in module.named_parameters(recurse=False)
+            if (key := f"{BACKBONE}{names[module]}.{name}") in observed
+        }
+        for module in (linear, norm, feeding)
+        if module is not None
+    }
+    device = next(iter(start.values())).device
+    for module in gradients:
+        module.to(device).double()
+    rectified = bool((given >= 0).all()) and bool((given == 0).any())
+    return Tail(cast(nn.Linear, linear), norm, feeding, rectified, gradients)
+
+
+def _calls(backbone: nn.Module, size: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """(layer, input, output) of linear layers and norms in the order of their calls, on two photos of noise."""
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    watched = [m for m in backbone.modules() if isinstance(m, nn.Linear) or _flat_norm(m)]
+    hooks = [m.register_forward_hook(lambda m, x, y: calls.append((m, x[0], y))) for m in watched]
+    with torch.no_grad():
+        backbone(torch.rand((2, 3, size, size), generator=generator("probe")))
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _flat_norm(module: nn.Module) -> bool:
+    """Whether a layer can be a norm of flat features (one that is given maps is not found by what it was given)."""
+    one_group = isinstance(module, nn.GroupNorm) and module.num_groups == 1
+    return one_group or isinstance(module, nn.LayerNorm | nn.BatchNorm1d | FrozenBatchNorm)
+
+
+def inputs_of_one(last: Tail) -> Tensor | None:
+    """(f,) h of the only photo in its true scale, or None where the scale cannot be known (no bias, and a norm that undoes it).
+
+    With a bias h = dWᵀdb / |db|², all rows of dW by what they can be trusted. Without, dW = δ hᵀ gives the direction, and a norm on
+    either side gives sign and scale.
+    """
+    seen = last.gradients[last.linear]
+    dW, db = seen["weight"], seen.get("bias")
+    if db is not None and bool(db.any()):
+        h = dW.T @ db / db.square().sum()
+        if (dW - torch.outer(db, h)).norm() <= RANK_ONE * dW.norm():
+            return h
+    _, _, V, _ = singular(dW, 1)
+    if not V.shape[1]:
+        return None
+    v = V[:, 0]
+    fed = last.output_of(last.feeding)
+    if fed is not None:
+        return v * _along(v, *fed)
+    made = last.output_of(last.norm)
+    if made is None or last.norm is None or not _is_affine(last.norm):
+        return None
+    z, trust = made
+    scale, shift = _affine(last.norm, z)
+    bias = last.linear.bias if last.linear.bias is not None else torch.zeros_like(z)
+    return v * _along(scale * (last.linear.weight.detach() @ v), z - shift - scale * bias.detach(), trust)
+
+
+def _along(direction: Tensor, target: Tensor, trust: Tensor) -> Tensor:
+    """The factor by which a direction comes nearest to a target, errors weighed by trust²."""
+    weight = trust.square()
+    return (weight * direction * target).sum() / (weight * direction.square()).sum().clamp_min(1e-300)
+
+
+def _is_affine(norm: nn.Module) -> bool:
+    return isinstance(norm, nn.BatchNorm1d | FrozenBatchNorm)  # with fixed statistics, as in a recorded step
+
+
+def _affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A, c of an elementwise z = A·y + c."""
+    with torch.no_grad():
+        shift = norm(torch.zeros_like(like)[None])[0]
+        return norm(torch.ones_like(like)[None])[0] - shift, shift
+
+
+def _onto(norm: nn.Module, directions: Tensor) -> Tensor:
+    """(n, d) lengthened so that they can be outputs of a norm over all features: |(s·v - β)/γ|² = d, its positive root."""
+    gamma, beta = norm.weight.detach(), norm.bias.detach()  # type: ignore[union-attr, operator]
+    a = (directions / gamma).square().sum(1)  # type: ignore[operator]
+    b = -2 * (directions * beta / gamma**2).sum(1)  # type: ignore[operator]
+    c = (beta / gamma).square().sum() - directions.shape[1]  # type: ignore[operator]
+    return directions * ((-b + (b * b - 4 * a * c).clamp_min(0).sqrt()) / (2 * a))[:, None]
+
+
+def inputs_of_batch(update: ObservedUpdate, constants: LocalConstants, units: Tensor) -> Tensor | None:
+    """(B, f) h of each photo in its true scale, from the unit features (B, d) of all of them and the head's rows.
+
+    The rows and ẑ give the direction of each dL/dz_i, hence of δ_i, and dW, db = Σ δ_i (h_i, 1)ᵀ is solved by least squares: the
+    entry that must be 1 sets the scale. Without a bias the scale comes from a norm, or is not known: None. None as well where
+    head or backbone do not reach the observer.
+    """
+    rows, last = head_rows(update, constants), tail(update, constants)
+    return None if rows is None or last is None else _inputs_by_rows(rows, last, units.double())
+
+
+def _inputs_by_rows(rows: HeadRows, last: Tail, units: Tensor) -> Tensor | None:
+    seen, linear = last.gradients[last.linear], last.linear
+    pulls = _before_norm(last, units, feature_gradients(rows, units))
+    right = seen["weight"] if "bias" not in seen else torch.cat([seen["weight"], seen["bias"][:, None]], dim=1)
+    solved = torch.linalg.pinv(pulls.T, rtol=1e-9) @ right  # h_i, or h_i and 1, over |z_i| and the spread of a norm
+    if "bias" in seen:
+        h = solved[:, :-1] / solved[:, -1:]
+    elif last.norm is not None and _is_affine(last.norm):
+        scale, shift = _affine(last.norm, units[0])
+        if linear.bias is not None:
+            shift = shift + scale * linear.bias.detach()
+        off = units - solved @ (scale[:, None] * linear.weight.detach()).T  # |z|·off = shift, since z = scale·W h + shift
+        h = solved * ((off @ shift) / off.square().sum(1).clamp_min(1e-300))[:, None]
+    elif last.feeding is not None and not _is_affine(last.feeding):
+        h = _onto(last.feeding, solved)
+    else:
+        return None
+    return h.clamp_min(0) if last.rectified else h
+
+
+def _before_norm(last: Tail, units: Tensor, pulls: Tensor) -> Tensor:
+    """Directions of dL/dy_i from those of dL/dz_i (n, d), through the norm where there is one."""
+    norm = last.norm
+    if norm is None:
+        return pulls
+    if _is_affine(norm):
+        return pulls * _affine(norm, units[0])[0]
+    z = _onto(norm, units)
+    spread = ((z - norm.bias) / norm.weight).detach()  # type: ignore[operator]
+    _, pull_back = torch.func.vjp(cast(Callable[[Tensor], Tensor], norm), spread)
+    return cast(Tensor, pull_back(pulls)[0])
+
+
+def recover(update: ObservedUpdate, constants: LocalConstants) -> Recovered:
+    """All that follows from the update of one step: labels, unit features, inputs of the embedding layer, gradients.
+
+    One photo: the last layers, and the label by the head's rows where they are seen. Several: by the zeros of their inputs where
+    a ReLU made them, the labels then by what each photo pulls; else by row matching. Seconds at the most.
+    """
+    rows, last, count = head_rows(update, constants), tail(update, constants), update.images
+    if count == 1:
+        return _of_one(rows, last)
+    inputs = _by_zeros(last, count) if last is not None else None
+    units = None if inputs is None or last is None else F.normalize(last.features(inputs), dim=1)
+    if rows is None:
+        return _without_rows(last, inputs, units)
+    own = len(update.clients) > 1
+    how = "row matching" if units is None else "zeros of the embedding layer's inputs"
+    if units is None:
+        labels, units = match_batch(rows, count, constants.spec, own)
+    else:
+        labels = labels_of(rows, units)
+        if len(units) < count:
+            how += f", {count - len(units)} of {count} by row matching"
+            labels, units = match_rest(rows, labels, units, count, constants.spec, own)
+    if last is not None and (inputs is None or len(inputs) < count):
+        solved = _inputs_by_rows(rows, last, units)
+        inputs = solved if solved is None or inputs is None else torch.cat([inputs, solved[len(inputs) :]])
+    order = labels.sort(stable=True).indices
+    labels, units, inputs = labels[order], units[order], None if inputs is None else inputs[order]
+    features = None if inputs is None or last is None else last.features(inputs)
+    pulls = None if features is None else feature_gradients(rows, units) / features.norm(dim=1, keepdim=True)
+    return Recovered(labels, units, inputs, features, pulls, how)
+
+
+def _of_one(rows: HeadRows | None, last: Tail | None) -> Recovered:
+    labels = None if rows is None else guess_labels(rows, 1)
+    inputs = features = pulls = None
+    if last is not None:
+        h, made = inputs_of_one(last), last.output_of(last.norm)
+        inputs = None if h is None else h[None]
+        features = last.features(inputs) if inputs is not None else None if made is None else made[0][None]
+        pulls = made[1][None] if made is not None else _pulls(last, inputs)
+    units = None if features is None else F.normalize(features, dim=1)
+    how = "the last layers of the backbone"
+    if units is None and rows is not None and labels is not None and len(rows.pull) > 1:
+        units, how = embedding_of_one(rows, int(labels))[None], "the head's rows"
+    return Recovered(labels, units, inputs, features, pulls, how)
+
+
+def _without_rows(last: Tail | None, inputs: Tensor | None, units: Tensor | None) -> Recovered:
+    if last is None or inputs is None:
+        why = "of several photos without the head's rows nothing follows: the embedding layer's inputs have no zeros"
+        return Recovered(None, None, None, None, None, why)
+    features = last.features(inputs)
+    return Recovered(None, units, inputs, features, _pulls(last, inputs), "zeros of the embedding layer's inputs")
+
+
+def _by_zeros(last: Tail, count: int) -> Tensor | None:
+    """(n, f) inputs of a layer with a bias behind a ReLU, n <= count, or None."""
+    seen = last.gradients[last.linear]
+    if not last.rectified or "bias" not in seen or count >= min(seen["weight"].shape):
+        return None
+    found = unmix(seen["weight"], seen["bias"], count).inputs
+    return found if len(found) else None
+
+
+def _pulls(last: Tail, inputs: Tensor | None) -> Tensor | None:
+    """(n, d) dL/dz_i of a layer without a norm after it: dW = Σ δ_i h_iᵀ solved for δ."""
+    if last.norm is not None or inputs is None:
+        return None
+    return (last.gradients[last.linear]["weight"] @ torch.linalg.pinv(inputs, rtol=1e-9)).T
