@@ -1,64 +1,35 @@
-"""The one optimisation loop: find images whose gradient points where the observed gradient points."""
+"""The one optimisation loop: parameters of images that bring an objective and a prior's penalty down, from several starts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
-from torch.func import functional_call
 
 from attacks.priors import Prior, Shape
-from fedgc import heads
-from fedgc.models import FaceModel
-from fedgc.types import ModelSpec, Tensors
 
-
-@dataclass(frozen=True)
-class Matching:
-    """1 - cosine between the gradient of candidate images and the observed one, over all parameters as one
-    vector.
-
-    Blind to the gradient's length and so to clipping of the whole. Parameters whose observed gradient is zero
-    are left out.
-    """
-
-    model: FaceModel
-    tensors: Tensors
-    observed: Mapping[str, Tensor]
-    labels: Tensor
-    spec: ModelSpec
-
-    @classmethod
-    def of(cls, model: FaceModel, before: Tensors, gradient: Tensors, labels: Tensor, spec: ModelSpec) -> Matching:
-        trained = dict(model.named_parameters())
-        seen = {n: g.detach() for n, g in gradient.items() if n in trained and bool(g.any())}
-        length = sum(float(g.double().square().sum()) for g in seen.values()) ** 0.5
-        observed = {name: g / length for name, g in seen.items()}
-        tensors = {name: t.detach().clone().requires_grad_(name in observed) for name, t in before.items()}
-        return cls(model.eval(), tensors, observed, labels, spec)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> a number in [0, 2], twice differentiable in the images."""
-        cosines = functional_call(self.model, dict(self.tensors), (images,))
-        loss = heads.loss(cosines, self.labels, self.spec)
-        trial = torch.autograd.grad(loss, [self.tensors[n] for n in self.observed], create_graph=True)
-        along = torch.stack([(t * o).sum() for t, o in zip(trial, self.observed.values(), strict=True)]).sum()
-        length = torch.stack([t.square().sum() for t in trial]).sum()
-        return 1 - along / (length + 1e-24).sqrt()
+Optimizer = Literal["adam", "signed-adam", "lbfgs"]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Adam with its step divided by ten at 3/8, 5/8 and 7/8 (Geiping et al. 2020). With ``tolerance`` > 0 a
-    start ends early where a tenth of the iterations lowers its best loss by less than that fraction."""
+    """Adam with its step divided by ten at 3/8, 5/8 and 7/8 (Geiping et al. 2020), on the gradient or on its sign; or L-BFGS-B
+    within the prior's box. With ``tolerance`` > 0 a start ends early where a tenth of the iterations lowers its best loss by
+    less than that fraction. group: weight of the squared distance of a start from the mean of all, which then go in step
+    (Yin et al. 2021)."""
 
     iterations: int
-    restarts: int
-    step_size: float
+    restarts: int = 1
+    step_size: float = 0.1
+    optimizer: Optimizer = "adam"
     tolerance: float = 0.0
+    group: float = 0.0
 
     def step_at(self, i: int) -> float:
         return self.step_size * 0.1 ** sum(i >= self.iterations * eighths // 8 for eighths in (3, 5, 7))
@@ -66,12 +37,37 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Solution:
-    """images (B, 3, H, W) in [0, 1]; loss: the objective there, inf where every start failed."""
+    """images (B, 3, H, W) in [0, 1]; loss: the objective there, without the penalty; every: (restarts, B, 3, H, W) where each
+    start ended. Where every start failed the loss is inf and the images are a start."""
 
     images: Tensor
     loss: float
+    every: Tensor
     iterations: int
     failed: int
+
+
+@dataclass
+class Descent:
+    """One start: its parameters now, and the best by objective + penalty so far, with the objective there; last: the latest."""
+
+    z: Tensor
+    best: float = math.inf
+    chosen: Tensor | None = None
+    distance: float = math.inf
+    failed: bool = False
+    used: int = 0
+    last: float = math.inf
+
+    def note(self, total: float, distance: float) -> bool:
+        """Whether the start goes on."""
+        self.used, self.last = self.used + 1, total
+        if not math.isfinite(total):
+            self.failed, self.best, self.distance = True, math.inf, math.inf
+            return False
+        if total < self.best:
+            self.best, self.distance, self.chosen = total, distance, self.z.detach().clone()
+        return True
 
 
 def match(
@@ -82,24 +78,25 @@ def match(
     generator: torch.Generator,
     tick: Callable[[int], None],
 ) -> Solution:
-    """The best images by distance + penalty, over all iterates of all starts. The truth plays no part in the
-    choice.
+    """The best images by distance + penalty, over all iterates of all starts. The truth plays no part in the choice.
 
-    tick is called with the number of iterations finished so far, out of restarts x iterations. A start whose
-    loss stops being finite is counted as failed; the images of the others stand.
+    tick is called with the number of iterations finished so far, out of restarts x iterations. A start whose loss stops being
+    finite is counted as failed; the images of the others stand.
     """
-    best, images = math.inf, None
-    spent = failed = 0
-    for restart in range(schedule.restarts):
-        start = prior.start(shape, restart, generator)
-        before = restart * schedule.iterations
-        loss, parameters, used, ok = _descend(distance, prior, start, schedule, offset(tick, before))
-        spent, failed = spent + used, failed + (not ok)
-        if images is None or loss < best:
-            best, images = loss, prior.images(parameters)
-        tick((restart + 1) * schedule.iterations)
-    assert images is not None
-    return Solution(images.detach().clamp(0, 1).contiguous(), best, spent, failed)
+    starts = [Descent(prior.start(shape, restart, generator)) for restart in range(schedule.restarts)]
+    groups = [starts] if schedule.group else [[start] for start in starts]
+    descend = _quasi_newton if schedule.optimizer == "lbfgs" else _adam
+    for number, group in enumerate(groups):
+        before = number * schedule.iterations * len(group)
+        descend(distance, prior, group, schedule, offset(tick, before))
+        tick(before + schedule.iterations * len(group))
+    best = min(starts, key=lambda start: start.best)
+    final = lambda start: prior.final(start.z if start.chosen is None else start.chosen).detach()  # noqa: E731
+    every = torch.stack([final(start) for start in starts]).clamp(0, 1)
+    return Solution(
+        final(best).clamp(0, 1).contiguous(), best.distance, every,
+        sum(s.used for s in starts), sum(s.failed for s in starts),
+    )  # fmt: skip
 
 
 def offset(tick: Callable[[int], None], before: int) -> Callable[[int], None]:
@@ -107,36 +104,90 @@ def offset(tick: Callable[[int], None], before: int) -> Callable[[int], None]:
     return lambda done: tick(before + done)
 
 
-def _descend(
+def _adam(
     distance: Callable[[Tensor], Tensor],
     prior: Prior,
-    start: Tensor,
+    group: list[Descent],
     schedule: Schedule,
     tick: Callable[[int], None],
-) -> tuple[float, Tensor, int, bool]:
-    """One start: (best loss, its parameters, iterations, whether the loss stayed finite)."""
-    z = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=schedule.step_size)
-    best, chosen, window = math.inf, start, max(1, schedule.iterations // 10)
-    reference = math.inf
+) -> None:
+    for start in group:
+        start.z = start.z.clone().requires_grad_()
+    optimizer = torch.optim.Adam([start.z for start in group], lr=schedule.step_size)
+    window, reference = max(1, schedule.iterations // 10), math.inf
     for i in range(schedule.iterations):
-        images = prior.images(z)
-        objective = distance(images) + prior.penalty(z, images)
-        loss = float(objective.detach())
-        if not math.isfinite(loss):
-            return math.inf, start, i + 1, False
-        if loss < best:
-            best, chosen = loss, z.detach().clone()
-        (z.grad,) = torch.autograd.grad(objective, z)
-        if prior.signed:
-            z.grad.sign_()
+        middle = torch.stack([start.z.detach() for start in group]).mean(0) if schedule.group else None
+        going = [_slope(distance, prior, start, schedule, middle) for start in group if not start.failed]
+        if not any(going):
+            return
         optimizer.param_groups[0]["lr"] = schedule.step_at(i)
         optimizer.step()
         with torch.no_grad():
-            prior.project_(z)
+            for start in group:
+                prior.project_(start.z)
         if (i + 1) % window == 0:
-            tick(i + 1)
+            tick((i + 1) * len(group))
+            best = min(start.best for start in group)
             if reference - best < schedule.tolerance * abs(reference):
-                return best, chosen, i + 1, True
+                return
             reference = best
-    return best, chosen, schedule.iterations, True
+
+
+def _slope(
+    distance: Callable[[Tensor], Tensor], prior: Prior, start: Descent, schedule: Schedule, middle: Tensor | None
+) -> bool:
+    """Put the gradient at a start where the optimiser looks for it; False where the loss is not finite."""
+    images = prior.images(start.z)
+    apart = distance(images)
+    objective = apart + prior.penalty(start.z, images)
+    if not start.note(float(objective.detach()), float(apart.detach())):
+        start.z.grad = None
+        return False
+    if middle is not None:
+        objective = objective + schedule.group * (start.z - middle).square().sum()
+    (start.z.grad,) = torch.autograd.grad(objective, start.z)
+    if schedule.optimizer == "signed-adam":
+        start.z.grad.sign_()
+    return True
+
+
+def _quasi_newton(
+    distance: Callable[[Tensor], Tensor],
+    prior: Prior,
+    group: list[Descent],
+    schedule: Schedule,
+    tick: Callable[[int], None],
+) -> None:
+    """SciPy's L-BFGS-B, one start after another."""
+    for number, start in enumerate(group):
+        try:
+            _minimize(distance, prior, start, schedule, offset(tick, number * schedule.iterations))
+        except _NotFiniteError:
+            continue
+
+
+class _NotFiniteError(Exception):
+    """Leaves SciPy's loop where a loss is not a number."""
+
+
+def _minimize(
+    distance: Callable[[Tensor], Tensor], prior: Prior, start: Descent, schedule: Schedule, tick: Callable[[int], None]
+) -> None:
+    shape, done = start.z.shape, 0
+
+    def fall(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        start.z = torch.from_numpy(flat).to(start.z.device, torch.float32).view(shape).requires_grad_()
+        if not _slope(distance, prior, start, schedule, None):
+            raise _NotFiniteError
+        assert start.z.grad is not None
+        return start.last, start.z.grad.double().cpu().numpy().ravel()
+
+    def count(_: np.ndarray) -> None:
+        nonlocal done
+        done += 1
+        tick(done)
+
+    bounds = None if prior.box is None else [prior.box] * start.z.numel()
+    options = {"maxiter": schedule.iterations, "maxfun": schedule.iterations * 2, "maxcor": 20, "ftol": 0, "gtol": 0}
+    minimize(fall, start.z.detach().double().cpu().numpy().ravel(), jac=True, method="L-BFGS-B", bounds=bounds,
+             callback=count, options=options)  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,7 @@ def head_rows(update: ObservedUpdate, constants: LocalConstants) -> HeadRows | N
 
 
 def kind_of_head(rows: HeadRows) -> Literal["cosine", "linear", "unclear"]:
-    """"cosine": no row moves along itself. "linear" (no bias): rows add up to zero, since each photo's residuals do.
+    """ "cosine": no row moves along itself. "linear" (no bias): rows add up to zero, since each photo's residuals do.
     "unclear": neither, as under noise."""
     size = rows.pull.norm() + 1e-300
     slack = MARK + float(rows.noise.norm() / size)
@@ -189,7 +189,7 @@ class RowMatching:
             (z.grad,) = torch.autograd.grad(objective, z)
             return objective
 
-        optimizer.step(cast("type[float]", closure))  # type: ignore[arg-type]
+        optimizer.step(cast(Any, closure))
         return F.normalize(z.detach(), dim=1), float(self(z).detach())
 
 

@@ -12,18 +12,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedgc.local import augment
+
+REFERENCE = 600  # eigenfaces, to which the weight of their prior refers
 Shape = tuple[int, int, int, int]
 
 
 class Prior(Protocol):
-    """signed: whether steps follow the sign of the gradient."""
+    """images: what an objective is given; final: the images in it; box: range of a parameter, for methods that keep to one."""
 
     @property
-    def signed(self) -> bool: ...
+    def box(self) -> tuple[float, float] | None: ...
 
     def start(self, shape: Shape, restart: int, generator: torch.Generator) -> Tensor: ...
 
     def images(self, parameters: Tensor) -> Tensor: ...
+
+    def final(self, parameters: Tensor) -> Tensor: ...
 
     def penalty(self, parameters: Tensor, images: Tensor) -> Tensor: ...
 
@@ -35,6 +40,16 @@ def total_variation(images: Tensor) -> Tensor:
     down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
     across = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
     return down + across
+
+
+def colour_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring differences of colour channels: edges of faces are edges in all three."""
+    return total_variation(torch.stack([images[:, 0] - images[:, 1], images[:, 1] - images[:, 2]], dim=1))
+
+
+def asymmetry(images: Tensor) -> Tensor:
+    """Mean squared difference from the mirror image; a face seen from the front has little."""
+    return (images - images.flip(-1)).square().mean()
 
 
 def mean_face(faces: Tensor | None, shape: Shape) -> Tensor:
@@ -58,7 +73,9 @@ class Pixels:
     centre: Tensor
     known: bool
     weight: float
-    signed: bool = True
+    colour: float = 0.0
+    symmetry: float = 0.0
+    box: tuple[float, float] | None = (0.0, 1.0)
 
     def start(self, shape: Shape, restart: int, generator: torch.Generator) -> Tensor:
         spread = 0.2 if restart or not self.known else 0.02 * (shape[0] > 1)
@@ -67,8 +84,13 @@ class Pixels:
     def images(self, parameters: Tensor) -> Tensor:
         return parameters
 
+    final = images
+
     def penalty(self, parameters: Tensor, images: Tensor) -> Tensor:
-        return self.weight * total_variation(images)
+        unlikely = self.weight * total_variation(images)
+        if self.colour:
+            unlikely = unlikely + self.colour * colour_variation(images)
+        return unlikely + self.symmetry * asymmetry(images) if self.symmetry else unlikely
 
     def project_(self, parameters: Tensor) -> None:
         parameters.clamp_(0, 1)
@@ -84,7 +106,13 @@ class Eigenfaces:
     centre: Tensor
     basis: Tensor
     weight: float
-    signed: bool = False
+    symmetry: float = 0.0
+    box: tuple[float, float] | None = None
+
+    @staticmethod
+    def unit(photos: int) -> float:
+        """The weight with which the penalty of so many photos is |z|², summed over them."""
+        return float(REFERENCE * photos)
 
     def start(self, shape: Shape, restart: int, generator: torch.Generator) -> Tensor:
         spread = 0.5 if restart else 0.05 * (shape[0] > 1)
@@ -93,19 +121,57 @@ class Eigenfaces:
     def images(self, parameters: Tensor) -> Tensor:
         return self.centre + (parameters @ self.basis).unflatten(1, self.centre.shape)
 
+    final = images
+
     def penalty(self, parameters: Tensor, images: Tensor) -> Tensor:
-        return self.weight * parameters.square().mean()
+        """weight/600 times |z|² of a photo, so that a weight means the same for any number of eigenfaces."""
+        unlikely = self.weight * parameters.square().sum(1).mean() / REFERENCE
+        return unlikely + self.symmetry * asymmetry(images) if self.symmetry else unlikely
 
     def project_(self, parameters: Tensor) -> None:
         """The Gaussian prior alone holds z; images that leave [0, 1] are clamped when returned."""
 
 
+@dataclass(frozen=True)
+class Joint:
+    """Pixels and label logits searched together (Zhu et al. 2019): parameters (B, 3·H·W + C), of which nothing is assumed."""
+
+    side: int
+    classes: int
+    box: tuple[float, float] | None = None
+
+    def start(self, shape: Shape, restart: int, generator: torch.Generator) -> Tensor:
+        return _draw((shape[0], 3 * self.side**2 + self.classes), generator)
+
+    def images(self, parameters: Tensor) -> Tensor:
+        return parameters
+
+    def final(self, parameters: Tensor) -> Tensor:
+        return parameters[:, : 3 * self.side**2].unflatten(1, (3, self.side, self.side))
+
+    def penalty(self, parameters: Tensor, images: Tensor) -> Tensor:
+        return parameters.new_zeros(())
+
+    def project_(self, parameters: Tensor) -> None:
+        """Free."""
+
+
+def varied(faces: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+    """(N, 3, H, W) faces, their mirror images, and ``copies`` of each moved, turned, scaled and lit at random: what a few hundred
+    photos do not show of how photos vary."""
+    faces = faces.detach().cpu().float()
+    return torch.cat([faces, faces.flip(-1), *(augment(faces, generator) for _ in range(copies))])
+
+
 def eigenfaces(faces: Tensor, components: int) -> Tensor:
-    """The leading principal directions of (N, 3, H, W) faces, each times its standard deviation: (k, 3·H·W),
-    with k = min(components, N - 1). From the N x N Gram matrix, since photos are fewer than pixels."""
+    """The leading principal directions of (N, 3, H, W) faces, each times its standard deviation: (k, 3·H·W), with
+    k = min(components, N - 1), from the smaller of the two Gram matrices."""
     x = faces.detach().cpu().float().flatten(1)
     x = x - x.mean(0)
-    k = min(components, len(x) - 1)
+    k = min(components, len(x) - 1, x.shape[1])
+    if len(x) > x.shape[1]:
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        return (vectors[:, -k:] * values[-k:].clamp_min(0).sqrt()).flip(1).T.contiguous()
     _, vectors = torch.linalg.eigh(x @ x.T)
     leading = vectors[:, -k:].flip(1)
     # xᵀv has length sqrt(N·value) and the standard deviation is sqrt(value)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
-from attacks.inverting_gradients import GradientInversion
 from attacks.label_inference import LabelInference
 from fedgc.types import Attack
 

@@ -1,9 +1,9 @@
 """The photos of a batch told apart by what is zero: each input of a linear layer behind a ReLU is zero in many places.
 
 The gradient of the layer's weight is D = Σ_i δ_i h_iᵀ, that of its bias Σ_i δ_i. A column of D in which photo i is inactive
-lies in the hyperplane that the other δ span, and h_i >= 0 puts all columns on one side of it. The normals q of
-those hyperplanes, scaled to q·Σδ = 1, are therefore vertices of {q : q·D >= 0, q·Σδ = 1}, and qᵀD is h_i itself, in its true scale
-and whatever factor each photo's gradient has. Linear programmes find the vertices, and how many columns lie in a vertex's
+lies in the hyperplane that the other δ span, and h_i >= 0 puts all columns on one side of it. The normals q of those
+hyperplanes, scaled to q·Σδ = 1, are therefore vertices of {q : q·D >= 0, q·Σδ = 1}, and qᵀD is h_i itself, in its true
+scale and whatever factor each photo's gradient has. Linear programmes find the vertices, and how many columns lie in a vertex's
 hyperplane tells which of them are photos. Low rank and zeros are those of SPEAR (Dimitrov et al. 2024), which samples.
 """
 

@@ -37,7 +37,8 @@ def margin_logits(cosines: Tensor, labels: Tensor, spec: ModelSpec) -> Tensor:
     """(B, C) cosines and (B,) labels -> (B, C) logits s·c with the margin on the target."""
     if spec.margin == "none":
         return spec.scale * cosines
-    target = F.one_hot(labels, cosines.shape[1]).to(cosines.dtype)
+    # compared and not F.one_hot, which reads the labels' values and so cannot be traced into a graph
+    target = (labels[:, None] == torch.arange(cosines.shape[1], device=labels.device)).to(cosines.dtype)
     if spec.margin == "cosface":
         return spec.scale * (cosines - spec.margin_size * target)
     return spec.scale * torch.where(target > 0, _arcface(cosines, spec.margin_size), cosines)

@@ -212,7 +212,8 @@ class Reconstruction:
 
     Entry i answers target i: ``sources[i]`` is the client whose update it came from (-1: an aggregate of several) or, for
     class embeddings, the class. images: float32 (n, 3, H, W); labels: int64 (n,); scores: float32 (n, G) similarity of
-    target i with each person of the gallery. ``loss`` is the attack's own final objective, one number a target.
+    target i with each person of the gallery. ``loss`` is the attack's own final objective, one number a target. every:
+    float32 (restarts, n, 3, H, W), where each start ended, of which ``images`` are the best by that objective.
     """
 
     sources: tuple[int, ...]
@@ -220,6 +221,7 @@ class Reconstruction:
     labels: Tensor | None = None
     scores: Tensor | None = None
     loss: Tensor | None = None
+    every: Tensor | None = None
     iterations: int = 0
     failed: int = 0
 

@@ -15,7 +15,7 @@ from fedgc.types import GRANTS, Attack, Observation
 
 QUICK = {
     "label-inference": {},
-    "gradient-inversion": {"iterations": 3, "restarts": 2, "components": 10},
+    "gradient-inversion": {"iterations": 3, "restarts": 2, "components": 10, "copies": 1},
     "identity-linkage": {},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))

@@ -1,0 +1,271 @@
+"""Photos from the update of one step: one attack, its methods named after the papers that they come from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from attacks.backbone_algebra import recover, separable
+from attacks.fast_step import distance_of
+from attacks.gradient_matching import Optimizer, Schedule, Solution, match, offset
+from attacks.label_inference import infer_labels
+from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
+from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, eigenfaces, mean_face, varied
+from attacks.updates import gradient, illegible, source, targets, unreadable
+from fedgc.errors import RefusedError
+from fedgc.rng import generator as stream
+from fedgc.types import (
+    HEAD,
+    Attack,
+    LocalConstants,
+    Observation,
+    ObservedUpdate,
+    Progress,
+    Reconstruction,
+)
+
+PAYS = 40_000  # iterations of a job from which compiling a graph is repaid
+
+
+@dataclass(frozen=True)
+class Method:
+    """The choices that a paper makes. labels: by the rows' directions (`head_algebra`), by the sign of a row's sum (iDLG), or
+    searched with the pixels (DLG). start: "mean" face or random pixels."""
+
+    metric: Metric
+    optimizer: Optimizer
+    step_size: float
+    iterations: int
+    prior: Literal["faces", "pixels"]
+    labels: Literal["rows", "sums", "searched"] = "rows"
+    total_variation: float = 0.0
+    restarts: int = 1
+    group: float = 0.0
+    start: Literal["mean", "random"] = "random"
+
+
+METHODS: dict[str, Method] = {
+    "cascade": Method("cosine", "adam", 0.2, 400, "faces", start="mean"),
+    "inverting-gradients": Method("cosine", "signed-adam", 0.1, 4800, "pixels", total_variation=0.2),
+    "gradinversion": Method("l2", "adam", 0.1, 2000, "pixels", total_variation=0.01, restarts=4, group=0.01),
+    "idlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="sums"),
+    "dlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="searched"),
+}
+
+
+class GradientInversion(Attack):
+    """Images whose gradient has the direction of the observed one; labels are inferred, never given.
+
+    method "cascade" (ours): the gradient δ of the loss by each photo's feature is read off the last layers in closed form, and
+    images = mean + eigenfaces of the auxiliary faces x coordinates are searched until Σ∂<δ,z>/∂θ is the observed gradient of
+    the backbone; no head and no label is needed. Where a defense card tells of noise, it is a maximum a posteriori instead,
+    with the clipping inside and the noise as wide as the card says (``noise_aware``). The others are as published but for
+    labels, which heads without a bias do not give by the published rules: "inverting-gradients" (Geiping et al. 2020),
+    "gradinversion" (Yin et al. 2021; without BatchNorm statistics), "idlg" (Zhao et al. 2020), "dlg" (Zhu et al. 2019).
+
+    iterations, restarts, step_size, prior, total_variation: the method's own where they are not set. components, gaussian,
+    copies: how many eigenfaces, how strongly they are held, and how many altered copies of each face they are made from.
+    compiled: the step as a compiled graph; where not set, for jobs that repay compiling it.
+    """
+
+    name: Literal["gradient-inversion"] = "gradient-inversion"
+    needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"client-updates"}), frozenset({"aggregate"}))
+    target: ClassVar[Literal["round", "step"]] = "step"
+    costly: ClassVar[bool] = True
+    summary: ClassVar[str] = "photos from the update of one step, by matching gradients"
+
+    method: Literal["cascade", "inverting-gradients", "gradinversion", "idlg", "dlg"] = "cascade"
+    prior: Literal["pixels", "faces"] | None = None
+    iterations: int | None = Field(default=None, ge=1)
+    restarts: int | None = Field(default=None, ge=1)
+    step_size: float | None = Field(default=None, gt=0)
+    total_variation: float | None = Field(default=None, ge=0)
+    colour_variation: float = Field(default=0.0, ge=0)
+    symmetry: float = Field(default=0.0, ge=0)
+    components: int = Field(default=1000, ge=1)
+    gaussian: float = Field(default=1e-3, ge=0)
+    copies: int = Field(default=8, ge=0, le=100)
+    tolerance: float = Field(default=0.0, ge=0, lt=1)
+    noise_aware: bool = True
+    compiled: bool | None = None
+
+    def unsuitable(self, observation: Observation) -> str | None:
+        steps = observation.public_constants.steps
+        if steps != 1:
+            return (
+                f"matches the gradient of a single step, and this update is the sum of {steps or 'several'}: "
+                "record single steps, or use an attack on whole rounds"
+            )
+        faces = observation.auxiliary_faces
+        if self._faces and (faces is None or len(faces) < 2):
+            return "prior = 'faces' needs auxiliary-faces (2 photos or more); without, set prior = 'pixels'"
+        if self.method != "cascade" or unreadable(observation) is None:
+            return unreadable(observation)
+        why = illegible(observation)
+        if why is None and not all(separable(u, observation.public_constants) for u in targets(observation)):
+            why = unreadable(observation)
+        return why
+
+    def sized(self, photos: int) -> GradientInversion:
+        """With ``compiled`` decided by the size of a job, so that a repetition decides alike."""
+        if self.compiled is not None:
+            return self
+        return self.model_copy(
+            update={"compiled": photos * self._schedule.iterations * self._schedule.restarts >= PAYS}
+        )
+
+    def run(self, observation: Observation, generator: torch.Generator, progress: Progress) -> Reconstruction:
+        """images: float32 (n, 3, H, W); labels: int64 (n,), where rows tell them; loss: float32 (n,), the objective of the batch
+        that a photo was in; every: float32 (restarts, n, 3, H, W).
+
+        Entries follow the order of the updates; which photo of a batch is which entry is not known to an attacker.
+        """
+        constants, updates = observation.public_constants, targets(observation)
+        schedule, faces = self._schedule, observation.auxiliary_faces
+        each = schedule.iterations * schedule.restarts
+        found: list[Solution] = []
+        sources: list[int] = []
+        labels: list[int] = []
+        for number, update in enumerate(updates):
+            try:
+                objective, rows, count = self.objective(update, constants)
+            except RefusedError:  # of several photos nothing could be told apart, and no head is seen
+                found.append(_nothing(faces, (update.images, 3, *[constants.spec.image_size] * 2)))
+                sources += [source(update)] * update.images
+                continue
+            shape = (count, 3, constants.spec.image_size, constants.spec.image_size)
+            prior = self._prior(faces, shape, objective, len(update.classes))
+            tick = offset(partial(_report, progress, len(updates) * each), number * each)
+            found.append(match(distance_of(objective, bool(self.compiled)), prior, shape, schedule, generator, tick))
+            sources += [source(update)] * count
+            labels += [] if rows is None else [update.classes[row] for row in rows.tolist()]
+        sizes = torch.tensor([len(s.images) for s in found])
+        return Reconstruction(
+            sources=tuple(sources),
+            images=torch.cat([s.images for s in found]).cpu(),
+            labels=torch.tensor(labels, dtype=torch.long) if len(labels) == len(sources) else None,
+            loss=torch.tensor([s.loss for s in found]).repeat_interleave(sizes),
+            every=torch.cat([s.every for s in found], dim=1).cpu() if schedule.restarts > 1 else None,
+            iterations=sum(s.iterations for s in found),
+            failed=sum(s.failed for s in found),
+        )
+
+    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float:
+        """The objective of the update of that number at given images: what a search that fails to find them leaves behind."""
+        update, constants = targets(observation)[number], observation.public_constants
+        objective, _, count = self.objective(update, constants)
+        if self._method.labels == "searched" or count != len(images):
+            return float("nan")
+        return float(objective.value(objective.inputs, images).detach())
+
+    @property
+    def _method(self) -> Method:
+        """The method, with steps that suit the parameters that are searched where they are not its own."""
+        chosen = METHODS[self.method]
+        match self.prior:
+            case "faces" if chosen.prior == "pixels":
+                return replace(chosen, prior="faces", optimizer="adam", step_size=METHODS["cascade"].step_size)
+            case "pixels" if chosen.prior == "faces":
+                return replace(chosen, prior="pixels", optimizer="signed-adam", step_size=0.03, total_variation=1.0)
+        return chosen
+
+    @property
+    def _faces(self) -> bool:
+        return self._method.prior == "faces"
+
+    @property
+    def _schedule(self) -> Schedule:
+        m = self._method
+        return Schedule(
+            self.iterations or m.iterations, self.restarts or m.restarts, self.step_size or m.step_size, m.optimizer,
+            self.tolerance, m.group,
+        )  # fmt: skip
+
+    def objective(self, update: ObservedUpdate, constants: LocalConstants) -> tuple[Objective, Tensor | None, int]:
+        """The matching problem of one step, the head row of each photo where it is known, and how many photos are sought."""
+        seen = gradient(update, constants)
+        noise = _noise(update, constants) if self.noise_aware and self.method == "cascade" else None
+        if noise is not None and HEAD in seen:
+            rows = infer_labels(update, constants)
+            return NoisyMatching.of(update.before, seen, rows, constants.spec, *noise), rows, update.images
+        if self.method == "cascade":
+            known = recover(update, constants)
+            if known.feature_gradient is not None:
+                pulls = known.feature_gradient
+                return PullMatching.of(update.before, seen, pulls, constants.spec), known.labels, len(pulls)
+        if HEAD not in seen:
+            raise RefusedError("the photos of this update cannot be told apart, and no class embedding is seen")
+        labels = self._rows(update, constants, seen)
+        return HeadMatching.of(update.before, seen, labels, constants.spec, self._method.metric), labels, update.images
+
+    def _rows(self, update: ObservedUpdate, constants: LocalConstants, seen: dict[str, Tensor]) -> Tensor | None:
+        match self._method.labels:
+            case "searched":
+                return None
+            case "sums":  # of a row's gradient: the least, which needs features that are not negative
+                return seen[HEAD].sum(1).argsort()[: update.images].sort().values
+            case "rows":
+                return infer_labels(update, constants)
+
+    def _prior(self, faces: Tensor | None, shape: Shape, objective: Objective, classes: int) -> Prior:
+        if self._method.labels == "searched":
+            return Joint(shape[-1], classes)
+        centre = mean_face(faces, (1, *shape[1:]))
+        if self._faces:
+            assert faces is not None
+            basis = _basis(Faces(faces), self.components, self.copies)
+            return Eigenfaces(centre, basis, self._hold(objective, shape[0]), self.symmetry)
+        variation = self._method.total_variation if self.total_variation is None else self.total_variation
+        known = faces is not None and self._method.start == "mean"
+        return Pixels(centre, known, variation, self.colour_variation, self.symmetry)
+
+    def _hold(self, objective: Objective, photos: int) -> float:
+        """Weight of the eigenfaces' penalty: as set, or as the noise asks for, where its width is known: |z|²/2 beside a
+        negative log-likelihood in units of D/2."""
+        if isinstance(objective, NoisyMatching):
+            return Eigenfaces.unit(photos) / objective.coordinates
+        return self.gaussian
+
+
+class Faces:
+    """Auxiliary faces by what they are, so that the eigenfaces of many victims are made once."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.content = (tuple(tensor.shape), float(tensor.double().sum()), float(tensor.double().square().sum()))
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Faces) and torch.equal(self.tensor, other.tensor)
+
+
+@lru_cache(maxsize=2)
+def _basis(faces: Faces, components: int, copies: int) -> Tensor:
+    """Eigenfaces, of altered copies drawn from a stream of their own: one basis for all victims of a run."""
+    return eigenfaces(varied(faces.tensor, copies, stream("eigenfaces")), components)
+
+
+def _nothing(faces: Tensor | None, shape: Shape) -> Solution:
+    """The answer of an attack that found nothing: the mean face."""
+    images = mean_face(faces, shape).expand(shape).contiguous()
+    return Solution(images, math.inf, images[None], 0, 1)
+
+
+def _noise(update: ObservedUpdate, constants: LocalConstants) -> tuple[float, float] | None:
+    """(C, standard deviation of a coordinate of the mean) as the defense card says, or None where it tells of no noise."""
+    clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
+    if not clip or not sigma:
+        return None
+    return clip, sigma * clip * len(update.clients) ** 0.5 / update.images
+
+
+def _report(progress: Progress, total: int, done: int) -> None:
+    progress(done, total)
