@@ -25,7 +25,7 @@ from fedgc.local import load_tensors
 from fedgc.models import FaceModel, build_model
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
 
-HELD = 2**26  # numbers of per-photo gradients held at once: 256 MB
+HELD = 2**26  # numbers of gradients of candidates held at once: 256 MB
 
 
 class CandidateMatch(Attack):
@@ -86,8 +86,8 @@ class CandidateMatch(Attack):
         assert photos is not None
         found = []
         for done, update in enumerate(updates, 1):
-            value = set_value(update, observation.public_constants, photos, self.labels)
-            found.append(evidence(value, len(photos), update.images))
+            value, owners = set_value(update, observation.public_constants, photos, self.labels)
+            found.append(evidence(value, owners, update.images))
             progress(done, len(updates))
         return Reconstruction(
             sources=tuple(source(u) for u in updates),
@@ -112,9 +112,11 @@ class Noise:
         return cls(clip, sigma * clip * len(update.clients) ** 0.5 / update.images)
 
 
-def set_value(update: ObservedUpdate, constants: LocalConstants, photos: Tensor, labels: int) -> Value:
-    """The log-likelihood of a set of candidates in one step, up to a constant (without known noise: the share of the
-    gradient's squared length that they explain). photos: float32 (K, 3, S, S)."""
+def set_value(
+    update: ObservedUpdate, constants: LocalConstants, photos: Tensor, labels: int
+) -> tuple[Value, list[int]]:
+    """The log-likelihood of a set of gradients of candidates in one step, up to a constant (without known noise: the share of
+    the observed squared length that they explain), and the candidate of each gradient. photos: float32 (K, 3, S, S)."""
     step = Step.of(update, constants)
     return step.matched(photos, labels) if step.sees_head else step.projected(photos)
 
@@ -131,8 +133,7 @@ class Step:
 
     @classmethod
     def of(cls, update: ObservedUpdate, constants: LocalConstants) -> Step:
-        device = next(iter(update.delta.values())).device
-        model = build_model(constants.spec, len(update.classes) or 1).to(device).eval()
+        model = build_model(constants.spec, len(update.classes) or 1).to(next(iter(update.delta.values()))).eval()
         load_tensors(model, update.before)
         trained = {name for name, _ in model.named_parameters()}
         observed = {name: g for name, g in gradient(update, constants).items() if name in trained}
@@ -151,25 +152,17 @@ class Step:
         unit = 2 * self.noise.deviation**2 if self.noise else float(observed.double().square().sum())
         return lambda chosen: value(chosen) / unit
 
-    def matched(self, photos: Tensor, labels: int) -> Value:
-        """Head rows seen: the distance from the gradients of candidates, each with the best of its likely rows."""
+    def matched(self, photos: Tensor, labels: int) -> tuple[Value, list[int]]:
+        """Head rows seen: the distance from the gradients of candidates, each under its likely rows."""
         observed = torch.cat([g.flatten() for g in self.observed.values()])
-        rows, along, lengths = [], [], []
-        for x in photos.split(1):
-            tried = self.likely_rows(x, labels)
-            trials = self.gradients(x, tried)
-            fit, energy = trials @ observed, trials.square().sum(1)
-            best = int((2 * fit - energy if self.noise else fit / energy.sqrt()).argmax())
-            rows.append(tried[best])
-            along.append(float(fit[best]))
-            lengths.append(float(energy[best]))
-        gram = np.diag(lengths) if self.images == 1 else self.gram(photos, rows)  # one photo has no partner
-        explained = summed if self.noise else nonnegative
-        return self.likelihood(explained(np.array(along), gram), observed)
+        rows = [self.likely_rows(x, labels) for x in photos.split(1)]
+        along, gram = self.inner_products(photos, rows, observed)
+        value = summed(along, gram) if self.noise else nonnegative(along, gram)
+        return self.likelihood(value, observed), [k for k, tried in enumerate(rows) for _ in tried]
 
     def gradients(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """What a photo (1, 3, S, S) adds to the step under each head row: (len(rows), D), clipped as the card says."""
-        cosines = self.model(x.to(self.device))
+        cosines = self.model(x.to(self.model.head.weight))
         parameters = dict(self.model.named_parameters())
         trained = [parameters[name] for name in self.observed]
         out = []
@@ -183,19 +176,28 @@ class Step:
             trials *= (limit / trials.norm(dim=1, keepdim=True)).clamp(max=1)
         return trials
 
-    def gram(self, photos: Tensor, rows: Sequence[int]) -> Floats:
-        """Inner products of the gradients of all candidates: (K, K), computed again rather than held where they are long."""
-        count = len(photos)
-        each = max(1, HELD // sum(g.numel() for g in self.observed.values()))
-        spans = [range(i, min(i + each, count)) for i in range(0, count, each)]
-        block = lambda span: torch.cat([self.gradients(photos[i : i + 1], [rows[i]]) for i in span])  # noqa: E731
-        gram = np.empty((count, count))
-        for n, one in enumerate(spans):
-            first = block(one)
-            for other in spans[n:]:
-                products = (first @ (first if other is one else block(other)).T).cpu().numpy()
-                gram[np.ix_(one, other)], gram[np.ix_(other, one)] = products, products.T
-        return gram
+    def inner_products(self, photos: Tensor, rows: list[list[int]], observed: Tensor) -> tuple[Floats, Floats]:
+        """Of the gradients of all candidates with the observed one (A,), and with each other (A, A).
+
+        Gradients too long to be held all at once are computed again. A single photo has no partner, so that the products
+        of different candidates stay zero.
+        """
+        tried = len(rows[0])
+        each = max(1, HELD // (len(observed) * tried))
+        spans = [slice(i, i + each) for i in range(0, len(photos), each)]
+        blocks = [slice(s.start * tried, s.stop * tried) for s in spans]
+
+        def block(s: slice) -> Tensor:
+            return torch.cat([self.gradients(x, r) for x, r in zip(photos[s].split(1), rows[s], strict=True)])
+
+        along, gram = np.empty(len(photos) * tried), np.zeros((len(photos) * tried,) * 2)
+        for n, span in enumerate(spans):
+            first = block(span)
+            along[blocks[n]] = (first @ observed).cpu().numpy()
+            for m in range(n, len(spans) if self.images > 1 else n + 1):
+                products = (first @ (first if m == n else block(spans[m])).T).cpu().numpy()
+                gram[blocks[n], blocks[m]], gram[blocks[m], blocks[n]] = products, products.T
+        return along, gram
 
     def likely_rows(self, x: Tensor, count: int) -> list[int]:
         """The head rows of a photo (1, 3, S, S) that the embedding layer's gradient speaks for, best first.
@@ -211,13 +213,13 @@ class Step:
 
     # -- no head rows seen
 
-    def projected(self, photos: Tensor) -> Value:
+    def projected(self, photos: Tensor) -> tuple[Value, list[int]]:
         """The distance of the embedding layer's gradient from the nearest Σ δ_i h_iᵀ, over all δ."""
         observed = self.embedding_gradient()
         with torch.no_grad():
             inputs = torch.stack([self.through_embedding(x)[0] for x in photos.split(1)])
         along, gram = (part.double().cpu().numpy() for part in (inputs @ observed.T, inputs @ inputs.T))
-        return self.likelihood(projected(along, gram), observed)
+        return self.likelihood(projected(along, gram), observed), list(range(len(photos)))
 
     # -- the embedding layer: the last linear one, before whatever norm follows
 
@@ -234,7 +236,7 @@ class Step:
 
         handle = layer.register_forward_hook(keep)
         try:
-            cosines = self.model(x.to(self.device))
+            cosines = self.model(x.to(self.model.head.weight))
         finally:
             handle.remove()
         return kept[0], kept[1], cosines
