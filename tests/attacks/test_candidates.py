@@ -19,7 +19,7 @@ from fedgc.models import build_model
 from fedgc.rng import generator
 from fedgc.types import HEAD, Observation
 
-DECOYS = 14
+DECOYS = 8
 
 
 def dp(sigma: float, clip: float = 1.0) -> DPSGD:

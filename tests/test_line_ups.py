@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,9 @@ from attacks.candidates import CandidateMatch
 from attacks.label_inference import LabelInference
 from eval.privacy import candidate_ceiling
 from fedgc.pipeline.attacking import attack
-from fedgc.pipeline.candidates import hide
+from fedgc.pipeline.candidates import Hidden, hide, score_candidates
 from fedgc.runs import RunDirectory
+from fedgc.types import Reconstruction
 
 QUICK = ("candidate-match.candidates=12", "candidate-match.labels=1")
 NAMES = ("round-0001-step-b1-0", "round-0002-step-b1-0", "round-0002-step-b2-0")
@@ -93,3 +95,21 @@ def test_noise_brings_a_ceiling_that_rounds_raise(runs: dict[str, Path], tmp_pat
         bound = candidate_ceiling(12, rounds, sigma)
         assert entry["metrics"]["rank1"]["ceiling"] == pytest.approx(bound, abs=1e-6)
     assert "another-update" in both["baselines"]
+
+
+def test_evidence_is_summed_over_rounds_and_noise_over_the_clients_of_a_mean() -> None:
+    places = {1: torch.tensor([3]), 2: torch.tensor([5])}
+    hidden = Hidden(torch.zeros(20, 3, 1, 1), places, {1: torch.tensor([7]), 2: torch.tensor([8])})
+    one, two = torch.zeros(1, 20), torch.zeros(1, 20)
+    one[0, [3, 0]] = torch.tensor([2.0, 3.0])
+    two[0, [3, 5]] = torch.tensor([2.0, 1.0])
+    names = ("round-0001-step-b1-0", "round-0002-step-b1-0")
+    found = {n: Reconstruction((-1,), scores=s) for n, s in zip(names, (one, two), strict=True)}
+    scores = score_candidates(found, dict.fromkeys(names, hidden), 1.5, np.random.default_rng(0))
+    assert [s["rank"] for s in scores.samples] == [1, 2]  # 0 is ahead in the first round alone
+    bound = candidate_ceiling(19, 2, 1.5 * 2**0.5)
+    assert scores.metrics["rank1"]["ceiling"] == pytest.approx(bound, abs=1e-6)
+    single = {names[0]: Reconstruction((2,), scores=one)}
+    alone = score_candidates(single, {names[0]: hidden}, 1.5, np.random.default_rng(0))
+    assert alone.metrics["rank1"]["ceiling"] == pytest.approx(candidate_ceiling(20, 1, 1.5), abs=1e-6)
+    assert [s["class"] for s in alone.samples] == [8]
