@@ -7,6 +7,7 @@ distance is the best there is (Balunović et al. 2022, arXiv 2111.04706), and no
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,9 +15,10 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
 
 from attacks.subsets import Floats, Value, evidence, nonnegative, projected, summed
 from attacks.updates import gradient, source, targets
@@ -31,8 +33,8 @@ HELD = 2**26  # numbers of gradients of candidates held at once: 256 MB
 class CandidateMatch(Attack):
     """Evidence for each candidate photo in each observed step. Labels are not given.
 
-    candidates: how many photos the victims hide among. labels: head rows tried for each candidate, those that the gradient of
-    the embedding layer speaks for most.
+    candidates: how many photos the victims hide among. labels: head rows tried for each candidate, those that the gradient
+    speaks for most.
 
     What it knows: the candidates, and of the public constants the defense card (clipping norm C, noise multiplier σ) with the
     number of photos. Where the card tells of no noise, every photo's gradient may have been shortened by a factor of its
@@ -147,6 +149,11 @@ class Step:
     def device(self) -> torch.device:
         return self.model.head.weight.device
 
+    @cached_property
+    def trained(self) -> list[Tensor]:
+        parameters = dict(self.model.named_parameters())
+        return [parameters[name] for name in self.observed]
+
     def likelihood(self, value: Value, observed: Tensor) -> Value:
         """A reduction of squared distance as log-likelihood; where no noise is known, as a share of the squared length."""
         unit = 2 * self.noise.deviation**2 if self.noise else float(observed.double().square().sum())
@@ -163,12 +170,10 @@ class Step:
     def gradients(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """What a photo (1, 3, S, S) adds to the step under each head row: (len(rows), D), clipped as the card says."""
         cosines = self.model(x.to(self.model.head.weight))
-        parameters = dict(self.model.named_parameters())
-        trained = [parameters[name] for name in self.observed]
         out = []
         for row in rows:
             loss = heads.loss(cosines, torch.tensor([row], device=self.device), self.constants.spec)
-            parts = torch.autograd.grad(loss, trained, retain_graph=True)
+            parts = torch.autograd.grad(loss, self.trained, retain_graph=True)
             out.append(torch.cat([part.flatten() for part in parts]) / self.images)
         trials = torch.stack(out)
         if self.noise:
@@ -200,15 +205,20 @@ class Step:
         return along, gram
 
     def likely_rows(self, x: Tensor, count: int) -> list[int]:
-        """The head rows of a photo (1, 3, S, S) that the embedding layer's gradient speaks for, best first.
+        """The head rows of a photo (1, 3, S, S) whose gradient points most where the observed one points, best first.
 
-        It is δ·hᵀ, with δ the derivative by the layer's output under each row in turn: one backward pass through the head. Its
-        length is ignored, as the factor of clipping depends on all other layers.
+        Along the observed gradient the cosines change by ċ (one derivative, in forward mode), and so the loss under row y by
+        g_y·ċ, with g_y its derivative by the cosines. Lengths of gradients are compared by those of their embedding's.
         """
-        h, u, cosines = self.through_embedding(x, self.model.head.weight.shape[0])
+        _, u, cosines = self.through_embedding(x, self.model.head.weight.shape[0])
         loss = heads.loss(cosines, torch.arange(len(u), device=self.device), self.constants.spec)
-        (delta,) = torch.autograd.grad(loss, u)
-        match = F.normalize(delta, dim=1) @ (self.embedding_gradient() @ h)
+        delta, g = torch.autograd.grad(loss, (u, cosines))
+        with warnings.catch_warnings(), forward_ad.dual_level(), torch.no_grad():
+            warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # by torch, for forward mode
+            pairs = zip(self.trained, self.observed.items(), strict=True)
+            moved = {name: forward_ad.make_dual(parameter, along) for parameter, (name, along) in pairs}
+            change = forward_ad.unpack_dual(functional_call(self.model, moved, (x.to(g),))).tangent
+        match = (g @ change[0]) / delta.norm(dim=1).clamp_min(1e-12)
         return match.topk(min(count, len(match))).indices.tolist()
 
     # -- no head rows seen
