@@ -127,7 +127,7 @@ class GradientInversion(Attack):
         Entries follow the order of the updates; which photo of a batch is which entry is not known to an attacker.
         """
         constants, updates = observation.public_constants, targets(observation)
-        schedule, faces = self._schedule, observation.auxiliary_faces
+        schedule, faces, side = self._schedule, observation.auxiliary_faces, constants.spec.image_size
         each = schedule.iterations * schedule.restarts
         found: list[Solution] = []
         sources: list[int] = []
@@ -136,10 +136,10 @@ class GradientInversion(Attack):
             try:
                 objective, rows, count = self.objective(update, constants)
             except RefusedError:  # of several photos nothing could be told apart, and no head is seen
-                found.append(_nothing(faces, (update.images, 3, *[constants.spec.image_size] * 2)))
+                found.append(_nothing(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
                 continue
-            shape = (count, 3, constants.spec.image_size, constants.spec.image_size)
+            shape = (count, 3, side, side)
             prior = self._prior(faces, shape, objective, len(update.classes))
             tick = offset(partial(_report, progress, len(updates) * each), number * each)
             found.append(match(distance_of(objective, bool(self.compiled)), prior, shape, schedule, generator, tick))

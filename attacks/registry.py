@@ -7,13 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
+from attacks.candidates import CandidateMatch
 from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
 from attacks.label_inference import LabelInference
 from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
-    cls.model_fields["name"].default: cls for cls in (LabelInference, GradientInversion, IdentityLinkage)
+    cls.model_fields["name"].default: cls
+    for cls in (LabelInference, GradientInversion, IdentityLinkage, CandidateMatch)
 }
 
-AnyAttack = Annotated[LabelInference | GradientInversion | IdentityLinkage, Field(discriminator="name")]
+AnyAttack = Annotated[
+    LabelInference | GradientInversion | IdentityLinkage | CandidateMatch, Field(discriminator="name")
+]

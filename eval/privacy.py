@@ -91,19 +91,20 @@ def pixel_ceiling_psnr(sigma: float, mean_square: float, pixels: int, prior_dime
     return -10 * math.log10(sigma**2 * mean_square * pixels * kept)
 
 
-def candidate_ceiling(K: int, T: int, sigma: float) -> float:
-    """Largest chance to name the right one of K equally likely candidates from T full-batch noised gradients.
+def candidate_ceiling(K: int, T: int, sigma: float, best: int = 1) -> float:
+    """Largest chance to have the right one of K equally likely candidates among ``best`` from T full-batch noised gradients.
 
-    Phi(Phi^-1(1/K) + sqrt(T)/sigma): T Gaussian releases of noise multiplier sigma are sqrt(T)/sigma-GDP
-    (add/remove, sensitivity = clipping norm). Without noise nothing is bounded: 1.
+    Phi(Phi^-1(best/K) + sqrt(T)/sigma): T Gaussian releases of noise multiplier sigma are sqrt(T)/sigma-GDP
+    (add/remove, sensitivity = clipping norm), and `rero_gamma` (2302.07225) bounds every success event by its
+    chance. The other photos of the batch may be known. Without noise nothing is bounded: 1.
     """
-    if K < 1 or T < 0 or sigma < 0:
-        raise UsageError(f"need K >= 1 candidates, T >= 0 observations, sigma >= 0; got {K}, {T}, {sigma}")
-    if K == 1:
+    if K < 1 or T < 0 or sigma < 0 or best < 1:
+        raise UsageError(f"need K, best >= 1, T >= 0 observations, sigma >= 0; got {K}, {best}, {T}, {sigma}")
+    if best >= K:
         return 1.0
     if T == 0:
-        return 1 / K
-    return 1.0 if sigma == 0 else rero_gamma(1 / K, math.sqrt(T) / sigma)
+        return best / K
+    return 1.0 if sigma == 0 else rero_gamma(best / K, math.sqrt(T) / sigma)
 
 
 def _check_prior(kappa: float) -> None:

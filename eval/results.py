@@ -37,7 +37,7 @@ HEADLINE = (
 UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
 COLUMNS = (
     "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
-    "n", "chance", "baseline", "refused", "why", "round", "targets", "far", "note",
+    "n", "chance", "ceiling", "baseline", "refused", "why", "round", "targets", "far", "note",
 )  # fmt: skip
 
 
@@ -82,7 +82,8 @@ class RunResult:
         """Attack entries with every batch size an entry of its own, each once, by seat, attack and batch size."""
         found: dict[str, Entry] = {}
         for entry in (e for whole in self.attacks for e in _with_variants(whole)):
-            key = [entry["attack"], entry["threat"], entry.get("round"), entry.get("batch_size"), entry.get("settings")]
+            keys = ("attack", "threat", "round", "rounds", "batch_size", "settings")
+            key = [entry.get(k) for k in keys]
             found.setdefault(json.dumps(key, sort_keys=True), entry)
         return sorted(found.values(), key=_order)
 

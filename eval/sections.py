@@ -34,6 +34,7 @@ def shown(value: Value | None, metric: str) -> dict[str, Any]:
         what, _, why = str(value.get("why") or "no reason given").partition(":")
         return {**cell, "notes": [what], "why": why.strip()}
     notes = [f"realised FAR {value['far']:.3f}"] if value.get("far") is not None else []
+    notes += [f"ceiling {number(value['ceiling'], unit)}"] if value.get("ceiling") is not None else []
     notes += [f"{value['exact']} exact copies"] if value.get("exact") else []
     notes += [str(value["note"]).partition(":")[0]] if value.get("note") else []
     chance = value.get("chance") if unit != "±dB" else None

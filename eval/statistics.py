@@ -31,7 +31,8 @@ class Measured:
 
     ``n`` is what was resampled (identities, victims, trials). ``high`` alone may be None: the interval is
     then open upwards, and ``note`` says so. ``note`` also marks indicative support. ``far`` is the realised
-    false match rate of an operating point, ``exact`` the number of reconstructions equal to their original.
+    false match rate of an operating point, ``exact`` the number of reconstructions equal to their original,
+    ``ceiling`` what no attack on the same release can exceed.
     """
 
     value: float | None
@@ -43,11 +44,12 @@ class Measured:
     note: str | None = None
     far: float | None = None
     exact: int | None = None
+    ceiling: float | None = None
 
     def __post_init__(self) -> None:
         if (self.value is None) != (self.why is not None):
             raise ValueError("a measured value has either a value or a reason why there is none")
-        numbers = (self.value, self.low, self.high, self.chance, self.far)
+        numbers = (self.value, self.low, self.high, self.chance, self.far, self.ceiling)
         if any(number is not None and not math.isfinite(number) for number in numbers):
             raise ValueError(f"a measured value must be finite, got {numbers}")
 

@@ -21,6 +21,7 @@ GRANTS = {
     "correction": "The server's correction of one's own class embeddings",
     "auxiliary-faces": "Photos of strangers, owned by the attacker, from no training person",
     "gallery": "Other photos of candidate people, the trained ones among them, owned by the attacker",
+    "candidates": "The photos behind an update, among decoys; which they are is not told (given to the attack that asks for it)",
 }
 ATTACKS = {
     "label-inference": "Which classes the photos behind an update belong to, read from the head's gradient.",
@@ -32,15 +33,17 @@ ATTACKS = {
     "template-inversion": "Photos from class embeddings.",
     "correction-probe": "What the server's correction of one's own rows tells about other clients' people.",
     "membership-inference": "Whether a photo or a person was trained on.",
-    "candidate-match": "Whether an update was made from one of the candidate photos.",
+    "candidate-match": "Which of the candidate photos a step was made from, by likelihood under the defense's clipping and "
+    "noise. The ceiling is what no attack on the same steps can exceed under that noise; the others of a batch count as known.",
 }
 SHORT = {  # metrics where space is short, after their value
-    "rank1": "of people named", "psnr_gain": "over the mean face", "label_accuracy": "of labels found", "auc": "AUC",
+    "psnr_gain": "over the mean face", "label_accuracy": "of labels found", "auc": "AUC",
     "sar1@fmr=0.01": "accepted as the photo", "sar2@fmr=0.01": "accepted as the person",
 }  # fmt: skip
 BASELINES = {
     "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
     "random-labels": "random labels", "random-embedding": "random embedding",
+    "another-update": "another client's update",
 }  # fmt: skip
 LEDGER = (
     (
@@ -66,9 +69,14 @@ LEDGER = (
         "For re-identification every attacker owns other photos of candidates; chance is one over their number.",
     ),
     (
-        "Not DP-aware",
-        "No attack models the noise of a defense. An attacker who does may find more, so that small leakage under "
-        "noise is a lower bound only.",
+        "Candidates",
+        "For candidate-match the attacker knows that the photos behind a step are among the candidates, which are photos of "
+        "other steps, of the gallery and of strangers. Chance is one over those that are not in the same batch.",
+    ),
+    (
+        "DP-aware",
+        "Only candidate-match models the clipping and noise of a defense. The other attacks do not, so that small leakage "
+        "under noise is a lower bound only in their rows.",
     ),
     (
         "Behaviour",

@@ -156,7 +156,7 @@ def say(line: str, style: str | None = None) -> None:
 def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
     console = out()
     table = Table(title="what leaks, to whom")
-    for heading in ("attack", "seat", "measure", "result", "chance", "baselines"):
+    for heading in ("attack", "seat", "measure", "result", "chance", "beside it"):
         table.add_column(heading, overflow="fold")
     for entry in entries:
         if entry["refused"]:
@@ -165,6 +165,7 @@ def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
         for suffix, shown in variants.items():
             for name, m in shown["metrics"].items():
                 values = {label: b.get(name, {}).get("value") for label, b in shown["baselines"].items()}
+                values["ceiling"] = m.get("ceiling")
                 others = ", ".join(f"{label} {value:.3g}" for label, value in values.items() if value is not None)
                 chance = m.get("chance")
                 cell = "" if chance is None else f"{chance:.3g}"

@@ -7,7 +7,7 @@ send cannot be observed, whatever the attack. `Knowledge` is what the attacker o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -29,10 +29,12 @@ from fedgc.types import (
 @dataclass(frozen=True)
 class Knowledge:
     """What every attacker is given beside the protocol: photos of strangers (float32 (N, 3, H, W) in [0, 1]) and, for
-    re-identification, photos of candidate people."""
+    re-identification, photos of candidate people; where an attack asks for it, the photos (float32 (K, 3, H, W)) among
+    which those behind an update are."""
 
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
+    candidates: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ThreatModel:
         """What this adversary holds of one transcript. seat: which client it is, where it is one."""
         knowledge = knowledge or Knowledge()
         seen = dict(self.view(transcript, seat))
-        seen.update(auxiliary_faces=knowledge.auxiliary_faces, gallery=knowledge.gallery)
+        seen.update({own.name: getattr(knowledge, own.name) for own in fields(knowledge)})
         observation = Observation(
             threat=self.name,
             algorithm=transcript.algorithm,
@@ -148,7 +150,7 @@ def _outsider(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
     return {"global_model": backbone_part(transcript.released)}
 
 
-_ALWAYS = frozenset({"public-constants", "global-model", "auxiliary-faces", "gallery"})
+_ALWAYS = frozenset({"public-constants", "global-model", "auxiliary-faces", "gallery", "candidates"})
 THREATS = {
     t.name: t
     for t in (

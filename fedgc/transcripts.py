@@ -16,6 +16,16 @@ def transcript_name(round: int, batch: int | None = None, number: int = 0) -> st
     return f"round-{round:04d}" + ("" if batch is None else f"-step-b{batch}-{number}")
 
 
+def round_of(name: str) -> int:
+    """The round of a transcript of that name."""
+    return int(name.split("-")[1])
+
+
+def step_of(name: str) -> str:
+    """What names a single step in every round ("b4-0" of "round-0002-step-b4-0"); empty for a whole round."""
+    return name.partition("-step-")[2]
+
+
 def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"broadcast/{name}": x for name, x in t.broadcast.items()}
     tensors |= {f"released/{name}": x for name, x in t.released.items()}

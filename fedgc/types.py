@@ -188,6 +188,7 @@ class Observation:
     correction: ClassEmbeddings | None = None
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
+    candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
 
     @property
     def granted(self) -> tuple[str, ...]:
@@ -200,7 +201,7 @@ GRANTS_OF_FIELDS = {
     name: name.replace("_", "-")
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
-        "correction", "auxiliary_faces", "gallery",
+        "correction", "auxiliary_faces", "gallery", "candidates",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())
@@ -212,8 +213,8 @@ class Reconstruction:
 
     Entry i answers target i: ``sources[i]`` is the client whose update it came from (-1: an aggregate of several) or, for
     class embeddings, the class. images: float32 (n, 3, H, W); labels: int64 (n,); scores: float32 (n, G) similarity of
-    target i with each person of the gallery. ``loss`` is the attack's own final objective, one number a target. every:
-    float32 (restarts, n, 3, H, W), where each start ended, of which ``images`` are the best by that objective.
+    target i with each person of the gallery, or evidence for each candidate. ``loss`` is the attack's own final objective, one
+    number a target. every: float32 (restarts, n, 3, H, W), where each start ended; ``images`` are the best of them by that.
     """
 
     sources: tuple[int, ...]

@@ -21,7 +21,7 @@ from fedgc.pipeline.reporting import report
 from fedgc.pipeline.training import train
 from fedgc.runs import RunDirectory
 
-QUICK = ("gradient-inversion.iterations=3",)
+QUICK = ("gradient-inversion.iterations=3", "candidate-match.candidates=10", "candidate-match.labels=1")
 
 
 def test_the_document_of_a_run_is_the_contract(runs: dict[str, Path]) -> None:

@@ -24,10 +24,12 @@ from fedgc.algorithms import ALGORITHMS, backbone_part
 from fedgc.config import parse_setting
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import generator, numpy_generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge, outsider_observation
+from fedgc.transcripts import round_of
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
 
 SEAT = 0  # the client that is curious
@@ -36,14 +38,18 @@ DEFAULT_TARGETS = 8  # photos, where an attack is costly
 
 @dataclass(frozen=True)
 class Job:
-    """One attack from one seat on one set of transcripts that share a round and a batch size."""
+    """One attack from one seat on one set of transcripts that share a batch size and, unless evidence adds up, a round."""
 
     attack: Attack
     threat: str
     transcripts: tuple[str, ...]
-    round: int
+    rounds: tuple[int, ...]
     batch_size: int | None
     targets: int | None
+
+    @property
+    def seat(self) -> int | None:
+        return SEAT if self.threat == "client" else None
 
     def folder(self) -> str:
         about = [self.attack.model_dump(mode="json"), self.threat, self.transcripts, self.targets]
@@ -66,10 +72,9 @@ def attack(
     run = RunDirectory(path)
     run.finished()
     seats = [_known(name, THREATS, "threat") for name in threats or THREATS]
-    at = recorded_rounds(run, round)
-    return _unless_only_refusal(
-        [_with_variants(run, a, seat, t, targets, force, watch) for a in chosen for seat in seats for t in at]
-    )
+    at = tuple(recorded_rounds(run, round))
+    jobs = [(a, seat, rounds) for a in chosen for seat in seats for rounds in ([at] if adds_up(a) else zip(at))]
+    return _unless_only_refusal([_with_variants(run, *job, targets, force, watch) for job in jobs])
 
 
 def _unless_only_refusal(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,7 +134,7 @@ def _known(name: str, names: Mapping[str, Any], what: str) -> str:
 
 
 def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
-    recorded = sorted({int(name.split("-")[1]) for name in run.transcripts()})
+    recorded = sorted(set(map(round_of, run.transcripts())))
     if not recorded:
         raise RunError(f"{run.path} has no transcript: train again with --set record.rounds=ends")
     if which == "all":
@@ -142,14 +147,13 @@ def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
 
 
 def _with_variants(
-    run: RunDirectory, attack: Attack, threat: str, t: int, targets: int | None, force: bool, watch: Watch
-) -> dict[str, Any]:
+    run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None, force: bool, watch: Watch,
+) -> dict[str, Any]:  # fmt: skip
     """The result of one attack from one seat; for single steps the smallest batch leads, and others are variants."""
-    results = [_result(run, job, force, watch) for job in _jobs(run, attack, threat, t, targets)]
+    results = [_result(run, job, force, watch) for job in _jobs(run, attack, threat, rounds, targets)]
     if not results:
-        return _entry(
-            run.path, attack, threat, t, (), f"no single steps were recorded in round {t}: record.victims was 0"
-        )
+        why = f"no single steps were recorded in round {rounds[-1]}: record.victims was 0"
+        return _entry(run.path, attack, threat, rounds[-1], (), why)
     first, *others = results
     if others and not first["refused"]:
         keys = ("targets", "seconds", "refused", "metrics", "baselines", "samples")
@@ -157,17 +161,17 @@ def _with_variants(
     return first
 
 
-def _jobs(run: RunDirectory, attack: Attack, threat: str, t: int, targets: int | None) -> list[Job]:
-    names = [n for n in run.transcripts() if n.startswith(f"round-{t:04d}")]
+def _jobs(run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None) -> list[Job]:
+    names = [n for n in run.transcripts() if round_of(n) in rounds]
     if attack.target == "round":
         whole = tuple(n for n in names if "-step-" not in n)
-        return [Job(attack, threat, whole, t, None, targets)]
+        return [Job(attack, threat, whole, rounds, None, targets)]
     sizes: dict[int, list[str]] = {}
     for name in names:
         if "-step-b" in name:
             sizes.setdefault(int(name.split("-step-b")[1].split("-")[0]), []).append(name)
     photos = targets or (DEFAULT_TARGETS if attack.costly else None)
-    return [Job(attack, threat, tuple(sizes[b]), t, b, photos) for b in sorted(sizes)]
+    return [Job(attack, threat, tuple(sizes[b]), rounds, b, photos) for b in sorted(sizes)]
 
 
 def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str, Any]:
@@ -177,25 +181,32 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     started = time.monotonic()
     about = run.about()
     auxiliary, gallery = run.load_knowledge()
-    knowledge = Knowledge(auxiliary, gallery)
-    found, left = {}, job.targets
+    owned = Knowledge(auxiliary, gallery)
+    hidden = hide(run, job.attack, job.transcripts, job.seat)
+    found: dict[str, Reconstruction] = {}
+    left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
     granted: tuple[str, ...] = ()
     for name in job.transcripts:
-        if left is not None and left <= 0:
-            break
-        observation, photos = limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), left)
+        allowed = left[round_of(name)]
+        if allowed is not None and allowed <= 0:
+            continue
+        knowledge = replace(owned, candidates=hidden[name].photos) if name in hidden else owned
+        seen = THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT)
+        observation, photos = limited(seen, allowed)
         refusal = no_message(observation) or job.attack.refusal(observation)
         granted = observation.granted
         if refusal:
-            entry = _entry(run.path, job.attack, job.threat, job.round, granted, refusal, job.batch_size)
+            entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, refusal, job.batch_size)
             write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
             return entry
         draw = generator(about["seed"], "attack", job.attack.name, job.threat, name)
         stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
         found[name] = job.attack(observation, draw, partial(watch, stage))
-        left = None if left is None else left - photos
-    scores = _scores(run, job, found, auxiliary)
-    entry = _entry(run.path, job.attack, job.threat, job.round, granted, None, job.batch_size)
+        left[round_of(name)] = None if allowed is None else allowed - photos
+    scores = _scores(run, job, found, auxiliary, hidden)
+    entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size)
+    if len(job.rounds) > 1:
+        entry["rounds"] = list(job.rounds)
     entry.update(
         targets=len(scores.samples), seconds=round(time.monotonic() - started, 2), metrics=scores.metrics,
         baselines=dict(scores.baselines), samples=scores.samples if job.attack.target == "step" else [],
@@ -229,13 +240,16 @@ def limited(observation: Observation, photos: int | None) -> tuple[Observation, 
     return replace(observation, client_updates=tuple(kept)), count
 
 
-def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], auxiliary: Tensor) -> Scores:
+def _scores(
+    run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], auxiliary: Tensor, hidden: Mapping[str, Hidden]
+) -> Scores:
     rng = numpy_generator(run.about()["seed"], "score", job.folder())
     if job.attack.target == "round":
         mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
         return score_linkage(next(iter(found.values())), mates, rng)
-    seat = SEAT if job.threat == "client" else None
-    groups = [g for name, r in found.items() for g in batches(r, run.load_truth(name), seat)]
+    if hidden:
+        return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
+    groups = [g for name, r in found.items() for g in batches(r, run.load_truth(name), job.seat)]
     classes = run.about()["classes"]
     metrics, baselines = score_labels(groups, classes, rng)
     if groups[0].images is None:

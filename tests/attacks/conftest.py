@@ -12,6 +12,7 @@ import torch
 from defenses.none import NoDefense
 from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.data.synthetic import synthetic_faces
+from fedgc.doors import Defense
 from fedgc.federation import Federation, Party, Schedule
 from fedgc.threats import THREATS, Knowledge
 from fedgc.types import Gallery, ModelSpec, Observation, Transcript, Truth
@@ -38,20 +39,23 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def world() -> Callable[..., World]:
-    """world(algorithm, batch=1, clients=2, kind="step") at the initial state of a federation."""
+    """world(algorithm, batch=1, clients=2, kind="step", defense=NoDefense()) at the initial state of a federation."""
     strangers, _ = synthetic_faces(60, 1, SIZE, seed=2)
-    cache: dict[tuple[str, int, int, str], World] = {}
+    cache: dict[tuple[str, int, int, str, str], World] = {}
 
-    def build(algorithm: str = "fedgc", batch: int = 1, clients: int = 2, kind: str = "step") -> World:
-        key = algorithm, batch, clients, kind
+    def build(
+        algorithm: str = "fedgc", batch: int = 1, clients: int = 2, kind: str = "step", defense: Defense | None = None
+    ) -> World:
+        defense = defense or NoDefense()
+        key = algorithm, batch, clients, kind, repr(defense)
         if key not in cache:
-            cache[key] = _world(algorithm, batch, clients, kind, strangers.float() / 255)
+            cache[key] = _world(algorithm, batch, clients, kind, strangers.float() / 255, defense)
         return cache[key]
 
     return build
 
 
-def _world(algorithm: str, batch: int, clients: int, kind: str, strangers: torch.Tensor) -> World:
+def _world(algorithm: str, batch: int, clients: int, kind: str, strangers: torch.Tensor, defense: Defense) -> World:
     faces, people = synthetic_faces(PEOPLE * clients, PHOTOS, SIZE, seed=1)
     parties = [
         Party(k, faces[mine], people[mine], tuple(range(k * PEOPLE, (k + 1) * PEOPLE)))
@@ -64,7 +68,7 @@ def _world(algorithm: str, batch: int, clients: int, kind: str, strangers: torch
     )  # fmt: skip
     spec = ModelSpec("small", "group", 32, SIZE, "cosface", 0.25, 16.0)
     cpu = torch.device("cpu")
-    federation = Federation(ALGORITHMS[algorithm], spec, schedule, parties, NoDefense(), 0, 1, cpu)
+    federation = Federation(ALGORITHMS[algorithm], spec, schedule, parties, defense, 0, 1, cpu)
     first = [slice(0, batch * PHOTOS, PHOTOS)] * clients  # a photo each of the first people
     photos = torch.stack([p.photos[i] for p, i in zip(parties, first, strict=True)])
     labels = torch.stack([p.labels[i] for p, i in zip(parties, first, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -17,12 +18,14 @@ QUICK = {
     "label-inference": {},
     "gradient-inversion": {"iterations": 3, "restarts": 2, "components": 10, "copies": 1},
     "identity-linkage": {},
+    "candidate-match": {"labels": 2},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))
 
 
 def observed(world, attack: Attack) -> Observation:
-    return world("fedgc", batch=2, kind=attack.target).seen_by("server")
+    seen = world("fedgc", batch=2, kind=attack.target).seen_by("server")
+    return replace(seen, candidates=seen.auxiliary_faces[:8]) if attack.name == "candidate-match" else seen
 
 
 def test_the_registry_is_complete() -> None:
@@ -60,7 +63,8 @@ def test_shapes_types_and_ranges(world, attack: Attack) -> None:
         assert answer.labels.shape == (n,)
         assert answer.labels.dtype == torch.int64
     if answer.scores is not None:
-        assert answer.scores.shape == (n, observation.gallery.size)
+        candidates = observation.candidates
+        assert answer.scores.shape == (n, observation.gallery.size if candidates is None else len(candidates))
         assert answer.scores.dtype == torch.float32
         assert float(answer.scores.abs().max()) <= 1 + 1e-5
     if answer.loss is not None:

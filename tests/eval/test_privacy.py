@@ -121,6 +121,15 @@ def test_candidate_ceiling_edges() -> None:
     assert candidate_ceiling(1, 5, 1.0) == 1.0
     assert candidate_ceiling(50, 0, 1.0) == 0.02
     assert candidate_ceiling(50, 1, 0.0) == 1.0
+    assert candidate_ceiling(50, 0, 1.0, best=5) == 0.1
+    assert candidate_ceiling(5, 1, 1.0, best=5) == 1.0
+
+
+def test_five_guesses_stay_below_their_candidate_ceiling() -> None:
+    z = np.random.default_rng(6).normal(size=(20_000, 100))
+    z[:, 0] += 2
+    success = ((z >= z[:, :1]).sum(axis=1) <= 5).mean()
+    assert candidate_ceiling(100, 4, 1.0) < success < candidate_ceiling(100, 4, 1.0, best=5)
 
 
 @pytest.mark.parametrize(
