@@ -1,0 +1,190 @@
+"""A job of attacking: what the attacker sees of each transcript, and a costly attack shared out over the cores.
+
+A costly attack takes one victim's update at a time, in a process of its own, and what it finds is kept as soon as it is found, so
+that a repeated command goes on where the last was cut off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from attacks.gradient_inversion import GradientInversion
+from fedgc.errors import FedgcError, RunError
+from fedgc.files import PRIVATE, make_folder, read_tensors, write_tensors
+from fedgc.pipeline.candidates import Hidden
+from fedgc.pipeline.judging import SEAT
+from fedgc.rng import generator
+from fedgc.runs import RunDirectory
+from fedgc.threats import THREATS, Knowledge
+from fedgc.types import Attack, Observation, Reconstruction
+
+POLL_SECONDS = 0.25
+FIELDS = ("images", "labels", "scores", "embeddings", "loss", "every")
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One attack from one seat on one set of transcripts that share a batch size and, unless evidence adds up, a round."""
+
+    attack: Attack
+    threat: str
+    transcripts: tuple[str, ...]
+    rounds: tuple[int, ...]
+    batch_size: int | None
+    targets: int | None
+
+    @property
+    def seat(self) -> int | None:
+        return SEAT if self.threat == "client" else None
+
+    def folder(self) -> str:
+        about = [self.attack.model_dump(mode="json"), self.threat, self.transcripts, self.targets]
+        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
+        return f"{self.attack.name}@{self.threat}-{digest}"
+
+
+def observed(
+    run: RunDirectory, job: Job, name: str, photos: int | None, hidden: Mapping[str, Hidden]
+) -> tuple[Observation, int]:
+    """What the attacker sees of one transcript, with no more updates than hold so many photos, and how many those hold."""
+    auxiliary, gallery = run.load_knowledge()
+    owned = Knowledge(auxiliary, gallery)
+    knowledge = replace(owned, candidates=hidden[name].photos) if name in hidden else owned
+    return limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), photos)
+
+
+def limited(observation: Observation, photos: int | None) -> tuple[Observation, int]:
+    """The observation with no more updates than are needed for so many photos, and how many photos that is."""
+    if observation.client_updates is None:
+        return observation, observation.aggregate.images if observation.aggregate else 0
+    kept, count = [], 0
+    for update in observation.client_updates:
+        if photos is not None and count >= photos:
+            break
+        kept.append(update)
+        count += update.images
+    return replace(observation, client_updates=tuple(kept)), count
+
+
+def sized(attack: Attack, photos: int) -> Attack:
+    """The attack with what depends on the size of a job decided, so that a repetition decides alike."""
+    return attack.sized(photos) if isinstance(attack, GradientInversion) else attack
+
+
+def reconstruct(run: RunDirectory, job: Job, name: str, observation: Observation, tick: Tick) -> Reconstruction:
+    """What the job's attack finds in one transcript."""
+    count = len(observation.client_updates or ())
+    if not isinstance(job.attack, GradientInversion) or count == 0:
+        return job.attack(observation, stream(run, job, name), tick)
+    folder = make_folder(run.path / "attacks" / job.folder() / "parts", private=True)
+    files = [folder / f"{name}-{i}.safetensors" for i in range(count)]
+    missing = [i for i, file in enumerate(files) if kept(file) is None]
+    workers = min(os.cpu_count() or 1, len(missing))
+    if workers > 1 and multiprocessing.parent_process() is None:  # a sweep's processes have the cores already
+        _share_out(run.path, job, name, missing, workers, count, tick)
+    else:
+        for done, i in enumerate(missing, count - len(missing)):
+            part(run.path, job, name, i, partial(_within, tick, done, count), observation)
+    return joined([found for file in files if (found := kept(file)) is not None])
+
+
+def _within(tick: Tick, before: int, parts: int, done: int, total: int) -> None:
+    tick(before * total + done, parts * total)
+
+
+def part(
+    path: Path, job: Job, name: str, number: int, tick: Tick | None = None, observation: Observation | None = None
+) -> None:
+    """Attack the update of that number alone, with one thread and random numbers of its own, and keep what is found."""
+    run = RunDirectory(path)
+    if observation is None:
+        observation, _ = observed(run, job, name, None, {})
+    assert observation.client_updates is not None
+    alone = replace(observation, client_updates=observation.client_updates[number : number + 1])
+    with one_thread():
+        found = job.attack(alone, stream(run, job, name, number), tick)
+    tensors = {field: value for field in FIELDS if (value := getattr(found, field)) is not None}
+    about = {"sources": found.sources, "iterations": found.iterations, "failed": found.failed}
+    write_tensors(path / "attacks" / job.folder() / "parts" / f"{name}-{number}.safetensors", tensors, about, PRIVATE)
+
+
+def stream(run: RunDirectory, job: Job, name: str, *number: int) -> torch.Generator:
+    return generator(run.about()["seed"], "attack", job.attack.name, job.threat, name, *number)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A second thread gains a tenth on images this small; a second attack gains all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _share_out(path: Path, job: Job, name: str, missing: list[int], workers: int, count: int, tick: Tick) -> None:
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        waiting = [pool.submit(_part_of_pool, path, job, name, i) for i in missing]
+        while not all(future.done() for future in waiting):
+            time.sleep(POLL_SECONDS)
+            tick(count - len(missing) + sum(future.done() for future in waiting), count)
+            failed = next((e for future in waiting if future.done() and (e := future.exception())), None)
+            if failed is not None:
+                raise failed
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    for future in waiting:
+        future.result()
+
+
+def _part_of_pool(path: Path, job: Job, name: str, number: int) -> None:
+    from fedgc.pipeline.memory import keep_freed_memory
+
+    keep_freed_memory()
+    try:
+        part(path, job, name, number)
+    except FedgcError as error:
+        raise type(error)(str(error)) from None  # without what a process cannot hand over
+
+
+def kept(file: Path) -> Reconstruction | None:
+    """What a part found, or None where it is missing or damaged and has to be found again."""
+    if not file.exists():
+        return None
+    try:
+        tensors, about = read_tensors(file)
+        return Reconstruction(tuple(about["sources"]), **tensors, iterations=about["iterations"], failed=about["failed"])
+    except (RunError, TypeError, KeyError):
+        return None
+
+
+def joined(parts: list[Reconstruction]) -> Reconstruction:
+    """One reconstruction of several; a field that one part lacks is lacking."""
+
+    def together(field: str) -> torch.Tensor | None:
+        values = [getattr(p, field) for p in parts]
+        return None if any(v is None for v in values) else torch.cat(values, dim=1 if field == "every" else 0)
+
+    return Reconstruction(
+        tuple(s for p in parts for s in p.sources), **{field: together(field) for field in FIELDS},
+        iterations=sum(p.iterations for p in parts), failed=sum(p.failed for p in parts),
+    )  # fmt: skip
