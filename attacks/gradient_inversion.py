@@ -51,7 +51,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "cascade": Method("cosine", "adam", 0.2, 400, "faces", start="mean"),
+    "cascade": Method("cosine", "adam", 0.2, 800, "faces", start="mean"),
     "inverting-gradients": Method("cosine", "signed-adam", 0.1, 4800, "pixels", total_variation=0.2),
     "gradinversion": Method("l2", "adam", 0.1, 2000, "pixels", total_variation=0.01, restarts=4, group=0.01),
     "idlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="sums"),
@@ -159,9 +159,12 @@ class GradientInversion(Attack):
     def loss_at(self, observation: Observation, number: int, images: Tensor) -> float:
         """The objective of the update of that number at given images: what a search that fails to find them leaves behind."""
         update, constants = targets(observation)[number], observation.public_constants
-        objective, _, count = self.objective(update, constants)
+        try:
+            objective, _, count = self.objective(update, constants)
+        except RefusedError:
+            return math.nan
         if self._method.labels == "searched" or count != len(images):
-            return float("nan")
+            return math.nan
         return float(objective.value(objective.inputs, images).detach())
 
     @property

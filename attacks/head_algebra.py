@@ -26,18 +26,19 @@ from fedgc.types import HEAD, LocalConstants, ModelSpec, ObservedUpdate
 NEW_CLASS = 0.2  # photos that a class not yet named counts as having, against the next photo of one that is
 MARK = 1e-2  # how near to zero, relative to the gradient, counts as zero
 STARTS = (0.0, 0.2, 0.4, 0.6, 0.8)  # cosine to the own class embedding from which row matching starts
+EXCHANGES = 3  # labels of a batch that a second opinion may change
 EXACT = 1e-4  # share of the rows' squared length left unexplained from which labels are not doubted
 
 
 @dataclass(frozen=True)
 class HeadRows:
     """pull: (C, d) u_j as observed, up to one factor where the client shortened its gradient; directions: (C, d) ŵ_j;
-    noise: (C,) length that rounding alone gives a row of ``pull``; sum: (d,) Σ_j G_j."""
+    noise: (C,) length that rounding alone gives a row of ``pull``; lengths: (C,) |w_j|."""
 
     pull: Tensor
     directions: Tensor
     noise: Tensor
-    sum: Tensor
+    lengths: Tensor
 
     @property
     def weights(self) -> Tensor:
@@ -55,7 +56,7 @@ def head_rows(update: ObservedUpdate, constants: LocalConstants) -> HeadRows | N
     rounding = torch.finfo(update.delta[HEAD].dtype).eps / 4 / abs(constants.lr_of(HEAD))  # of w + step, both stored
     rows, weight = gradient(update, constants)[HEAD].double(), update.before[HEAD].double()
     lengths = weight.norm(dim=1, keepdim=True)
-    return HeadRows(rows * lengths, weight / lengths, rounding * lengths[:, 0].square(), rows.sum(0))
+    return HeadRows(rows * lengths, weight / lengths, rounding * lengths[:, 0].square(), lengths[:, 0])
 
 
 def kind_of_head(rows: HeadRows) -> Literal["cosine", "linear", "unclear"]:
@@ -65,8 +66,8 @@ def kind_of_head(rows: HeadRows) -> Literal["cosine", "linear", "unclear"]:
     slack = MARK + float(rows.noise.norm() / size)
     if (rows.pull * rows.directions).sum(dim=1).norm() <= slack * size:
         return "cosine"
-    length = (rows.pull.norm() / rows.pull.norm(dim=1).clamp_min(1e-300)).mean()
-    return "linear" if rows.sum.norm() * length <= slack * size * length else "unclear"
+    gradients = rows.pull / rows.lengths[:, None]
+    return "linear" if gradients.sum(0).norm() <= slack * gradients.norm() else "unclear"
 
 
 def guess_labels(rows: HeadRows, count: int) -> Tensor:
@@ -78,7 +79,7 @@ def guess_labels(rows: HeadRows, count: int) -> Tensor:
     may take several (see `_seats`).
     """
     if count == 1 and kind_of_head(rows) == "linear":
-        return rows.pull.norm(dim=1).argmax()[None]
+        return (rows.pull.norm(dim=1) / rows.lengths).argmax()[None]
     units = rows.pull / (rows.pull.norm(dim=1, keepdim=True) + 3 * rows.noise[:, None] + 1e-300)
     if count == 1:
         return (units @ units.sum(0)).argmin()[None]
@@ -223,11 +224,11 @@ def match_batch(rows: HeadRows, count: int, spec: ModelSpec, own: bool = False) 
     """
     labels = guess_labels(rows, count)
     units, left = RowMatching(rows, labels, spec, own).solve()
-    for _ in range(count):
+    for _ in range(EXCHANGES):
         if left < EXACT:
             break
         best = min(
-            ((trial, *RowMatching(rows, trial, spec, own).solve(iterations=150)) for trial in _exchanges(rows, labels, units)),
+            ((trial, *RowMatching(rows, trial, spec, own).solve(iterations=100)) for trial in _exchanges(rows, labels, units)),
             key=lambda solution: solution[2], default=None,
         )  # fmt: skip
         if best is None or best[2] > 0.8 * left:
@@ -240,7 +241,7 @@ def _exchanges(rows: HeadRows, labels: Tensor, units: Tensor) -> Iterator[Tensor
     """Label multisets that differ by one: the labels whose photos pull the least, for the rows that are pulled the hardest."""
     pulled = -shares(rows, units).sum(0)
     present = torch.bincount(labels, minlength=len(pulled))
-    wanted = (pulled / (present + NEW_CLASS)).argsort(descending=True)[:2]
+    wanted = (pulled / (present + 1)).argsort(descending=True)[:3]
     held = labels.unique()
     doubtful = held[(pulled[held] / present[held]).argsort()[:2]]
     for old in doubtful.tolist():

@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from attacks.candidates import CandidateMatch
+from attacks.embedding_recovery import EmbeddingRecovery
 from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
 from attacks.label_inference import LabelInference
@@ -15,9 +16,10 @@ from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
     cls.model_fields["name"].default: cls
-    for cls in (LabelInference, GradientInversion, IdentityLinkage, CandidateMatch)
+    for cls in (LabelInference, EmbeddingRecovery, GradientInversion, IdentityLinkage, CandidateMatch)
 }
 
 AnyAttack = Annotated[
-    LabelInference | GradientInversion | IdentityLinkage | CandidateMatch, Field(discriminator="name")
+    LabelInference | EmbeddingRecovery | GradientInversion | IdentityLinkage | CandidateMatch,
+    Field(discriminator="name"),
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 LOUD = 10.0  # times the rounding of a column: below, it says nothing
 NEAR = 5.0  # times the rounding: distance from a hyperplane that counts as in it
 ALIKE = 0.999  # cosine of two inputs that are one
+EXACT = 1e-8  # rounding that is assumed at least, in mean numbers of the gradient: what linear programmes leave
 FEWEST = 8  # columns in a hyperplane beyond those that any hyperplane could hold
 WRONG = 0.01  # share of columns on the wrong side that rounding may excuse
 START = 0.01  # reach of the first fit, in mean inputs
@@ -40,7 +41,7 @@ def singular(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, float]
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     rest = values[count:]
     noise = float(rest.square().sum().sqrt()) / max(1, (d - count) * (f - count)) ** 0.5 if len(rest) else 0.0
-    noise = max(noise, float(values[0]) * 1e-15)
+    noise = max(noise, EXACT * float(values[0]) / (d * f) ** 0.5)
     r = int((values[:count] > 1.5 * noise * (d**0.5 + f**0.5)).sum())  # the largest of a random matrix is near that sum
     return left[:, :r], values[:r], right[:r].T, noise
 

@@ -213,14 +213,16 @@ class Reconstruction:
 
     Entry i answers target i: ``sources[i]`` is the client whose update it came from (-1: an aggregate of several) or, for
     class embeddings, the class. images: float32 (n, 3, H, W); labels: int64 (n,); scores: float32 (n, G) similarity of
-    target i with each person of the gallery, or evidence for each candidate. ``loss`` is the attack's own final objective, one
-    number a target. every: float32 (restarts, n, 3, H, W), where each start ended; ``images`` are the best of them by that.
+    target i with each person of the gallery, or evidence for each candidate; embeddings: float32 (n, d) unit features, or zero
+    where none was found. ``loss`` is the attack's own final objective, one number a target. every: float32 (restarts, n, 3, H,
+    W), where each start ended; ``images`` are the best of them by that.
     """
 
     sources: tuple[int, ...]
     images: Tensor | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
+    embeddings: Tensor | None = None
     loss: Tensor | None = None
     every: Tensor | None = None
     iterations: int = 0

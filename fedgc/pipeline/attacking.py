@@ -3,58 +3,34 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
-import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from attacks.registry import ATTACKS, AnyAttack
 from eval.figures import save_grid
-from eval.scoring import Scores, batches, score_images, score_labels, score_linkage
+from eval.scoring import Scores
 from fedgc.algorithms import ALGORITHMS, backbone_part
 from fedgc.config import parse_setting
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
+from fedgc.pipeline.judging import judged, optimisation_limited
 from fedgc.pipeline.watch import Watch, silent
-from fedgc.rng import generator, numpy_generator
+from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct, sized
+from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge, outsider_observation
 from fedgc.transcripts import round_of
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
 
-SEAT = 0  # the client that is curious
 DEFAULT_TARGETS = 8  # photos, where an attack is costly
-
-
-@dataclass(frozen=True)
-class Job:
-    """One attack from one seat on one set of transcripts that share a batch size and, unless evidence adds up, a round."""
-
-    attack: Attack
-    threat: str
-    transcripts: tuple[str, ...]
-    rounds: tuple[int, ...]
-    batch_size: int | None
-    targets: int | None
-
-    @property
-    def seat(self) -> int | None:
-        return SEAT if self.threat == "client" else None
-
-    def folder(self) -> str:
-        about = [self.attack.model_dump(mode="json"), self.threat, self.transcripts, self.targets]
-        digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-        return f"{self.attack.name}@{self.threat}-{digest}"
 
 
 def attack(
@@ -171,42 +147,43 @@ def _jobs(run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...
         if "-step-b" in name:
             sizes.setdefault(int(name.split("-step-b")[1].split("-")[0]), []).append(name)
     photos = targets or (DEFAULT_TARGETS if attack.costly else None)
+    attack = sized(attack, photos or 0)
     return [Job(attack, threat, tuple(sizes[b]), rounds, b, photos) for b in sorted(sizes)]
 
 
 def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str, Any]:
     folder = run.path / "attacks" / job.folder()
-    if (folder / "summary.json").exists() and not force:
+    if force and folder.exists():
+        shutil.rmtree(folder)
+    if (folder / "summary.json").exists():
         return dict(read_json(folder / "summary.json"))
     started = time.monotonic()
-    about = run.about()
-    auxiliary, gallery = run.load_knowledge()
-    owned = Knowledge(auxiliary, gallery)
     hidden = hide(run, job.attack, job.transcripts, job.seat)
     found: dict[str, Reconstruction] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
     granted: tuple[str, ...] = ()
+    limited = 0
     for name in job.transcripts:
         allowed = left[round_of(name)]
         if allowed is not None and allowed <= 0:
             continue
-        knowledge = replace(owned, candidates=hidden[name].photos) if name in hidden else owned
-        seen = THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT)
-        observation, photos = limited(seen, allowed)
+        observation, photos = observed(run, job, name, allowed, hidden)
         refusal = no_message(observation) or job.attack.refusal(observation)
         granted = observation.granted
         if refusal:
             entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, refusal, job.batch_size)
             write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
             return entry
-        draw = generator(about["seed"], "attack", job.attack.name, job.threat, name)
         stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
-        found[name] = job.attack(observation, draw, partial(watch, stage))
+        found[name] = reconstruct(run, job, name, observation, partial(watch, stage))
         left[round_of(name)] = None if allowed is None else allowed - photos
-    scores = _scores(run, job, found, auxiliary, hidden)
+        limited += optimisation_limited(run, job, name, observation, found[name])
+    scores = _scores(run, job, found, hidden)
     entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size)
     if len(job.rounds) > 1:
         entry["rounds"] = list(job.rounds)
+    if limited:
+        entry["optimisation_limited"] = limited
     entry.update(
         targets=len(scores.samples), seconds=round(time.monotonic() - started, 2), metrics=scores.metrics,
         baselines=dict(scores.baselines), samples=scores.samples if job.attack.target == "step" else [],
@@ -214,7 +191,16 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         folder=str(folder.relative_to(run.path)),
     )  # fmt: skip
     _save(folder, job, found, scores, entry)
+    shutil.rmtree(folder / "parts", ignore_errors=True)
     return entry
+
+
+def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], hidden: Mapping[str, Hidden]) -> Scores:
+    rng = numpy_generator(run.about()["seed"], "score", job.folder())
+    if hidden:
+        return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
+    auxiliary, _ = run.load_knowledge()
+    return judged(run, job.attack.target, job.threat, found, auxiliary, rng)
 
 
 def no_message(observation: Observation) -> str | None:
@@ -225,38 +211,6 @@ def no_message(observation: Observation) -> str | None:
         case "first":
             return "this client trains alone and sends nothing: there is no message to attack"
     return None
-
-
-def limited(observation: Observation, photos: int | None) -> tuple[Observation, int]:
-    """The observation with no more updates than are needed for so many photos, and how many photos that is."""
-    if observation.client_updates is None:
-        return observation, observation.aggregate.images if observation.aggregate else 0
-    kept, count = [], 0
-    for update in observation.client_updates:
-        if photos is not None and count >= photos:
-            break
-        kept.append(update)
-        count += update.images
-    return replace(observation, client_updates=tuple(kept)), count
-
-
-def _scores(
-    run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], auxiliary: Tensor, hidden: Mapping[str, Hidden]
-) -> Scores:
-    rng = numpy_generator(run.about()["seed"], "score", job.folder())
-    if job.attack.target == "round":
-        mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
-        return score_linkage(next(iter(found.values())), mates, rng)
-    if hidden:
-        return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
-    groups = [g for name, r in found.items() for g in batches(r, run.load_truth(name), job.seat)]
-    classes = run.about()["classes"]
-    metrics, baselines = score_labels(groups, classes, rng)
-    if groups[0].images is None:
-        samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in groups]))]
-        return Scores(metrics, baselines, samples)
-    pictures = score_images(groups, auxiliary, rng)
-    return replace(pictures, metrics={**pictures.metrics, **metrics}, baselines={**pictures.baselines, **baselines})
 
 
 def _entry(
@@ -279,7 +233,7 @@ def _save(
     tensors = {
         f"{name}/{field}": value
         for name, r in found.items()
-        for field in ("images", "labels", "scores", "loss")
+        for field in FIELDS
         if (value := getattr(r, field)) is not None
     }
     write_tensors(folder / "reconstructions.safetensors", tensors, None, PRIVATE)

@@ -24,12 +24,12 @@ from attacks.gradient_inversion import GradientInversion
 from fedgc.errors import FedgcError, RunError
 from fedgc.files import PRIVATE, make_folder, read_tensors, write_tensors
 from fedgc.pipeline.candidates import Hidden
-from fedgc.pipeline.judging import SEAT
 from fedgc.rng import generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge
 from fedgc.types import Attack, Observation, Reconstruction
 
+SEAT = 0  # the client that is curious
 POLL_SECONDS = 0.25
 FIELDS = ("images", "labels", "scores", "embeddings", "loss", "every")
 Tick = Callable[[int, int], None]
@@ -172,7 +172,9 @@ def kept(file: Path) -> Reconstruction | None:
         return None
     try:
         tensors, about = read_tensors(file)
-        return Reconstruction(tuple(about["sources"]), **tensors, iterations=about["iterations"], failed=about["failed"])
+        return Reconstruction(
+            tuple(about["sources"]), **tensors, iterations=about["iterations"], failed=about["failed"]
+        )
     except (RunError, TypeError, KeyError):
         return None
 
