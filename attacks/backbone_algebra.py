@@ -9,7 +9,7 @@ directions of their gradients, which follow from the unit features (`attacks.hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -42,8 +42,8 @@ class Recovered:
     """What one update gives away, entry i of each field about the same photo; None where it does not follow.
 
     labels: int64 (n,) rows of the head, ascending; unit_embeddings: (n, d); inputs: (n, f) of the embedding layer in their true
-    scale; features: (n, d) before any normalisation to unit length; feature_gradient: (n, d) dL/dz as observed. n is the number of
-    photos, or without the head's rows how many of them could be told apart. All but labels float64. how: for people.
+    scale; features: (n, d) before any normalisation to unit length; feature_gradient: (n, d) dL/dz as observed. n is the number
+    of photos, or without the head's rows how many of them could be told apart. All but labels float64. how: for people.
     """
 
     labels: Tensor | None
@@ -80,8 +80,8 @@ class Tail:
         if norm is None or not {"weight", "bias"} <= set(seen) or not bool(seen["bias"].any()):
             return None
         dgamma, dbeta = seen["weight"], seen["bias"]
-        safe = torch.where(dbeta == 0, torch.ones_like(dbeta), dbeta)
-        return norm.weight.detach() * dgamma / safe + norm.bias.detach(), dbeta  # type: ignore[operator]
+        gamma, beta = _map_of(norm)
+        return gamma * dgamma / torch.where(dbeta == 0, torch.ones_like(dbeta), dbeta) + beta, dbeta
 
 
 def tail(update: ObservedUpdate, constants: LocalConstants) -> Tail | None:
@@ -89,7 +89,8 @@ def tail(update: ObservedUpdate, constants: LocalConstants) -> Tail | None:
     start = {n.removeprefix(BACKBONE): t for n, t in update.before.items() if n.startswith(BACKBONE)}
     if not start:
         return None
-    backbone = build_backbone(constants.spec, seed=0).eval()
+    like = next(iter(start.values()))
+    backbone = build_backbone(constants.spec, seed=0).eval().to(like.dtype)
     backbone.load_state_dict(start, strict=False)  # integer counters are never sent
     calls = _calls(backbone, constants.spec.image_size)
     names = {module: name for name, module in backbone.named_modules()}
@@ -109,9 +110,8 @@ def tail(update: ObservedUpdate, constants: LocalConstants) -> Tail | None:
         for module in (linear, norm, feeding)
         if module is not None
     }
-    device = next(iter(start.values())).device
     for module in gradients:
-        module.to(device).double()
+        module.to(like.device).double()
     rectified = bool((given >= 0).all()) and bool((given == 0).any())
     return Tail(cast(nn.Linear, linear), norm, feeding, rectified, gradients)
 
@@ -122,7 +122,8 @@ def _calls(backbone: nn.Module, size: int) -> list[tuple[nn.Module, Tensor, Tens
     watched = [m for m in backbone.modules() if isinstance(m, nn.Linear) or _flat_norm(m)]
     hooks = [m.register_forward_hook(lambda m, x, y: calls.append((m, x[0], y))) for m in watched]
     with torch.no_grad():
-        backbone(torch.rand((2, 3, size, size), generator=generator("probe")))
+        noise = torch.rand((2, 3, size, size), generator=generator("probe"))
+        backbone(noise.to(next(backbone.parameters()).dtype))
     for hook in hooks:
         hook.remove()
     return calls
@@ -137,8 +138,8 @@ def _flat_norm(module: nn.Module) -> bool:
 def inputs_of_one(last: Tail) -> Tensor | None:
     """(f,) h of the only photo in its true scale, or None where the scale cannot be known (no bias, and a norm that undoes it).
 
-    With a bias h = dWᵀdb / |db|², all rows of dW by what they can be trusted. Without, dW = δ hᵀ gives the direction, and a norm on
-    either side gives sign and scale.
+    With a bias h = dWᵀdb / |db|², all rows of dW by what they can be trusted. Without, dW = δ hᵀ gives the direction, and a norm
+    on either side gives sign and scale.
     """
     seen = last.gradients[last.linear]
     dW, db = seen["weight"], seen.get("bias")
@@ -179,12 +180,17 @@ def _affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
         return norm(torch.ones_like(like)[None])[0] - shift, shift
 
 
+def _map_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """γ and β of a norm."""
+    return cast(Tensor, norm.weight).detach(), cast(Tensor, norm.bias).detach()
+
+
 def _onto(norm: nn.Module, directions: Tensor) -> Tensor:
     """(n, d) lengthened so that they can be outputs of a norm over all features: |(s·v - β)/γ|² = d, its positive root."""
-    gamma, beta = norm.weight.detach(), norm.bias.detach()  # type: ignore[union-attr, operator]
-    a = (directions / gamma).square().sum(1)  # type: ignore[operator]
-    b = -2 * (directions * beta / gamma**2).sum(1)  # type: ignore[operator]
-    c = (beta / gamma).square().sum() - directions.shape[1]  # type: ignore[operator]
+    gamma, beta = _map_of(norm)
+    a = (directions / gamma).square().sum(1)
+    b = -2 * (directions * beta / gamma**2).sum(1)
+    c = (beta / gamma).square().sum() - directions.shape[1]
     return directions * ((-b + (b * b - 4 * a * c).clamp_min(0).sqrt()) / (2 * a))[:, None]
 
 
@@ -210,7 +216,9 @@ def _inputs_by_rows(rows: HeadRows, last: Tail, units: Tensor) -> Tensor | None:
         scale, shift = _affine(last.norm, units[0])
         if linear.bias is not None:
             shift = shift + scale * linear.bias.detach()
-        off = units - solved @ (scale[:, None] * linear.weight.detach()).T  # |z|·off = shift, since z = scale·W h + shift
+        off = (
+            units - solved @ (scale[:, None] * linear.weight.detach()).T
+        )  # |z|·off = shift, since z = scale·W h + shift
         h = solved * ((off @ shift) / off.square().sum(1).clamp_min(1e-300))[:, None]
     elif last.feeding is not None and not _is_affine(last.feeding):
         h = _onto(last.feeding, solved)
@@ -227,9 +235,10 @@ def _before_norm(last: Tail, units: Tensor, pulls: Tensor) -> Tensor:
     if _is_affine(norm):
         return pulls * _affine(norm, units[0])[0]
     z = _onto(norm, units)
-    spread = ((z - norm.bias) / norm.weight).detach()  # type: ignore[operator]
-    _, pull_back = torch.func.vjp(cast(Callable[[Tensor], Tensor], norm), spread)
-    return cast(Tensor, pull_back(pulls)[0])
+    gamma, beta = _map_of(norm)
+    spread = ((z - beta) / gamma).requires_grad_()  # its own normalised form: only the direction of the answer counts
+    (before,) = torch.autograd.grad(norm(spread), spread, pulls)
+    return before
 
 
 def recover(update: ObservedUpdate, constants: LocalConstants) -> Recovered:
@@ -287,11 +296,16 @@ def _without_rows(last: Tail | None, inputs: Tensor | None, units: Tensor | None
     return Recovered(None, units, inputs, features, _pulls(last, inputs), "zeros of the embedding layer's inputs")
 
 
+def _has_zeros(last: Tail, count: int) -> bool:
+    seen = last.gradients[last.linear]
+    return last.rectified and "bias" in seen and count < min(seen["weight"].shape)
+
+
 def _by_zeros(last: Tail, count: int) -> Tensor | None:
     """(n, f) inputs of a layer with a bias behind a ReLU, n <= count, or None."""
-    seen = last.gradients[last.linear]
-    if not last.rectified or "bias" not in seen or count >= min(seen["weight"].shape):
+    if not _has_zeros(last, count):
         return None
+    seen = last.gradients[last.linear]
     found = unmix(seen["weight"], seen["bias"], count).inputs
     return found if len(found) else None
 
@@ -301,3 +315,9 @@ def _pulls(last: Tail, inputs: Tensor | None) -> Tensor | None:
     if last.norm is not None or inputs is None:
         return None
     return (last.gradients[last.linear]["weight"] @ torch.linalg.pinv(inputs, rtol=1e-9)).T
+
+
+def separable(update: ObservedUpdate, constants: LocalConstants) -> bool:
+    """Whether the photos of an update can be told apart without the head's rows; the costly part, a forward pass, is small."""
+    last = tail(update, constants)
+    return last is not None and _has_zeros(last, update.images)

@@ -7,13 +7,17 @@ from typing import Annotated
 
 from pydantic import Field
 
+from attacks.embedding_recovery import EmbeddingRecovery
 from attacks.identity_linkage import IdentityLinkage
 from attacks.inverting_gradients import GradientInversion
 from attacks.label_inference import LabelInference
 from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
-    cls.model_fields["name"].default: cls for cls in (LabelInference, GradientInversion, IdentityLinkage)
+    cls.model_fields["name"].default: cls
+    for cls in (LabelInference, EmbeddingRecovery, GradientInversion, IdentityLinkage)
 }
 
-AnyAttack = Annotated[LabelInference | GradientInversion | IdentityLinkage, Field(discriminator="name")]
+AnyAttack = Annotated[
+    LabelInference | EmbeddingRecovery | GradientInversion | IdentityLinkage, Field(discriminator="name")
+]

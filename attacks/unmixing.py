@@ -1,9 +1,9 @@
 """The photos of a batch told apart by what is zero: each input of a linear layer behind a ReLU is zero in many places.
 
 The gradient of the layer's weight is D = Σ_i δ_i h_iᵀ, that of its bias Σ_i δ_i. A column of D in which photo i is inactive
-lies in the hyperplane that the other δ span, and h_i >= 0 puts all columns on one side of it. The normals q of
-those hyperplanes, scaled to q·Σδ = 1, are therefore vertices of {q : q·D >= 0, q·Σδ = 1}, and qᵀD is h_i itself, in its true scale
-and whatever factor each photo's gradient has. Linear programmes find the vertices, and how many columns lie in a vertex's
+lies in the hyperplane that the other δ span, and h_i >= 0 puts all columns on one side of it. The normals q of those
+hyperplanes, scaled to q·Σδ = 1, are therefore vertices of {q : q·D >= 0, q·Σδ = 1}, and qᵀD is h_i itself, in its true
+scale and whatever factor each photo's gradient has. Linear programmes find the vertices, and how many columns lie in a vertex's
 hyperplane tells which of them are photos. Low rank and zeros are those of SPEAR (Dimitrov et al. 2024), which samples.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor
 LOUD = 10.0  # times the rounding of a column: below, it says nothing
 NEAR = 5.0  # times the rounding: distance from a hyperplane that counts as in it
 ALIKE = 0.999  # cosine of two inputs that are one
+EXACT = 1e-8  # rounding that is assumed at least, in mean numbers of the gradient: what linear programmes leave
 FEWEST = 8  # columns in a hyperplane beyond those that any hyperplane could hold
 WRONG = 0.01  # share of columns on the wrong side that rounding may excuse
 START = 0.01  # reach of the first fit, in mean inputs
@@ -40,7 +41,7 @@ def singular(weight: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, float]
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     rest = values[count:]
     noise = float(rest.square().sum().sqrt()) / max(1, (d - count) * (f - count)) ** 0.5 if len(rest) else 0.0
-    noise = max(noise, float(values[0]) * 1e-15)
+    noise = max(noise, EXACT * float(values[0]) / (d * f) ** 0.5)
     r = int((values[:count] > 1.5 * noise * (d**0.5 + f**0.5)).sum())  # the largest of a random matrix is near that sum
     return left[:, :r], values[:r], right[:r].T, noise
 

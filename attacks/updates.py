@@ -33,18 +33,23 @@ def gradient(update: ObservedUpdate, constants: LocalConstants) -> dict[str, Ten
     }
 
 
-def unreadable(observation: Observation) -> str | None:
-    """Why the updates of this observation cannot be read through the head's rows, or None."""
-    constants = observation.public_constants
-    if constants.lr == 0:
+def illegible(observation: Observation) -> str | None:
+    """Why no gradient can be read from the updates of this observation, or None."""
+    if observation.public_constants.lr == 0:
         return "the recorded step was taken at a learning rate of 0 and changed nothing; record an earlier round"
     for update in targets(observation):
         if not any(bool(change.any()) for change in update.delta.values()):
             return f"the update of client {source(update)} is all zeros: there is nothing in it to read"
+    return None
+
+
+def unreadable(observation: Observation) -> str | None:
+    """Why the updates of this observation cannot be read through the head's rows, or None."""
+    for update in targets(observation) if illegible(observation) is None else ():
         if HEAD not in update.delta or HEAD not in update.before:
             return (
                 f"reads labels from changes of the class embeddings ({HEAD}), and none reach the seat "
                 f"'{observation.threat}' under {observation.algorithm}. The change of the backbone does, and "
                 "it depends on the photos too: that this attack cannot start does not say that nothing leaks"
             )
-    return None
+    return illegible(observation)

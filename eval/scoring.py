@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from eval.fidelity import align, fidelity_summary, psnr, ssim
@@ -41,6 +43,18 @@ class Batch:
     labels: Tensor
     images: Tensor | None
     found: Tensor | None
+    embeddings: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the network says of a batch, for the judge alone. true: (n, d) unit features of its photos at the model that the
+    step started from; stranger: (d,) mean unit feature of the auxiliary faces; rows: (C, d) class embeddings that the attacker
+    holds, None where none reach it."""
+
+    true: Tensor
+    stranger: Tensor
+    rows: Tensor | None
 
 
 def batches(reconstruction: Reconstruction, truth: Truth, seat: int | None) -> list[Batch]:
@@ -58,6 +72,7 @@ def batches(reconstruction: Reconstruction, truth: Truth, seat: int | None) -> l
                 truth.labels[behind].flatten(),
                 pick(reconstruction.images),
                 pick(reconstruction.labels),
+                pick(reconstruction.embeddings),
             )
         )
     return out
@@ -86,6 +101,49 @@ def named(found: Tensor, labels: Tensor) -> np.ndarray:
         if hits[-1]:
             left.remove(label)
     return np.array(hits)
+
+
+def score_embeddings(groups: Sequence[Batch], features: Sequence[Features], rng: np.random.Generator) -> Scores:
+    """embedding_cosine: mean cosine of what was found with the photo's unit feature, one to one within a batch by the
+    assignment of the greatest sum; a feature that was not found counts 0.
+
+    Baselines: random directions, the mean stranger, and the nearest class embedding (an oracle, where the seat holds any).
+    """
+    people = torch.cat([g.labels for g in groups]).numpy()
+    draw = lambda f: torch.from_numpy(rng.standard_normal(f.true.shape))  # noqa: E731
+    own = np.concatenate([_cosines(g.embeddings, f.true) for g, f in zip(groups, features, strict=True)])
+    rivals = {
+        "random-embedding": [_cosines(draw(f), f.true) for f in features],
+        "mean-stranger": [_cosines(f.stranger.expand_as(f.true), f.true) for f in features],
+        "nearest-class-embedding": [_nearest_rows(f) for f in features if f.rows is not None],
+    }
+    chance = float(np.concatenate(rivals["random-embedding"]).mean())
+    found = replace(bootstrap_mean(own, people, rng=rng), chance=round(chance, 6))
+    baselines = {
+        name: {"embedding_cosine": bootstrap_mean(np.concatenate(values), people, rng=rng).to_json()}
+        for name, values in rivals.items()
+        if len(values) == len(features)
+    }
+    samples = [
+        {"target": i, "class": int(c), "cosine": round(float(x), 6)}
+        for i, (c, x) in enumerate(zip(people, own, strict=True))
+    ]
+    return Scores({"embedding_cosine": found.to_json()}, baselines, samples)
+
+
+def _cosines(found: Tensor | None, true: Tensor) -> np.ndarray:
+    """(n,) cosine of each true unit feature (n, d) with the found one assigned to it, 0 where there is none."""
+    cosines = np.zeros(len(true))
+    if found is not None:
+        table = (F.normalize(true.double(), dim=1) @ F.normalize(found.double(), dim=1).T).clamp(-1, 1).numpy()
+        rows, columns = linear_sum_assignment(table, maximize=True)
+        cosines[rows] = table[rows, columns]
+    return cosines
+
+
+def _nearest_rows(f: Features) -> np.ndarray:
+    assert f.rows is not None
+    return np.asarray((f.true.double() @ F.normalize(f.rows.double(), dim=1).T).amax(dim=1).numpy())
 
 
 def score_images(groups: Sequence[Batch], auxiliary: Tensor, rng: np.random.Generator) -> Scores:

@@ -28,7 +28,8 @@ ATTACKS = {
     "gain in PSNR over the mean of the attacker's own faces, which needs no update at all.",
     "identity-linkage": "Which person of a gallery a class embedding belongs to.",
     "feature-inversion": "Features, and photos from them, out of an update.",
-    "embedding-recovery": "Class embeddings out of updates in which they were not sent.",
+    "embedding-recovery": "The network's feature of each photo behind an update of one optimiser step: all that a recogniser "
+    "knows of a face. One photo's needs no class embedding, and clipping does not hinder it.",
     "template-inversion": "Photos from class embeddings.",
     "correction-probe": "What the server's correction of one's own rows tells about other clients' people.",
     "membership-inference": "Whether a photo or a person was trained on.",
@@ -40,7 +41,8 @@ SHORT = {  # metrics where space is short, after their value
 }  # fmt: skip
 BASELINES = {
     "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
-    "random-labels": "random labels", "random-embedding": "random embedding",
+    "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
+    "nearest-class-embedding": "nearest class embedding",
 }  # fmt: skip
 LEDGER = (
     (

@@ -212,13 +212,15 @@ class Reconstruction:
 
     Entry i answers target i: ``sources[i]`` is the client whose update it came from (-1: an aggregate of several) or, for
     class embeddings, the class. images: float32 (n, 3, H, W); labels: int64 (n,); scores: float32 (n, G) similarity of
-    target i with each person of the gallery. ``loss`` is the attack's own final objective, one number a target.
+    target i with each person of the gallery; embeddings: float32 (n, d) unit features, or zero where none was found.
+    ``loss`` is the attack's own final objective, one number a target.
     """
 
     sources: tuple[int, ...]
     images: Tensor | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
+    embeddings: Tensor | None = None
     loss: Tensor | None = None
     iterations: int = 0
     failed: int = 0

@@ -13,24 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 
 from attacks.registry import ATTACKS, AnyAttack
 from eval.figures import save_grid
-from eval.scoring import Scores, batches, score_images, score_labels, score_linkage
+from eval.scoring import Scores
 from fedgc.algorithms import ALGORITHMS, backbone_part
 from fedgc.config import parse_setting
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from fedgc.pipeline.judging import SEAT, judged
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import generator, numpy_generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge, outsider_observation
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
 
-SEAT = 0  # the client that is curious
 DEFAULT_TARGETS = 8  # photos, where an attack is costly
 
 
@@ -194,7 +192,8 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
         found[name] = job.attack(observation, draw, partial(watch, stage))
         left = None if left is None else left - photos
-    scores = _scores(run, job, found, auxiliary)
+    rng = numpy_generator(about["seed"], "score", job.folder())
+    scores = judged(run, job.attack.target, job.threat, found, auxiliary, rng)
     entry = _entry(run.path, job.attack, job.threat, job.round, granted, None, job.batch_size)
     entry.update(
         targets=len(scores.samples), seconds=round(time.monotonic() - started, 2), metrics=scores.metrics,
@@ -229,22 +228,6 @@ def limited(observation: Observation, photos: int | None) -> tuple[Observation, 
     return replace(observation, client_updates=tuple(kept)), count
 
 
-def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], auxiliary: Tensor) -> Scores:
-    rng = numpy_generator(run.about()["seed"], "score", job.folder())
-    if job.attack.target == "round":
-        mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
-        return score_linkage(next(iter(found.values())), mates, rng)
-    seat = SEAT if job.threat == "client" else None
-    groups = [g for name, r in found.items() for g in batches(r, run.load_truth(name), seat)]
-    classes = run.about()["classes"]
-    metrics, baselines = score_labels(groups, classes, rng)
-    if groups[0].images is None:
-        samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in groups]))]
-        return Scores(metrics, baselines, samples)
-    pictures = score_images(groups, auxiliary, rng)
-    return replace(pictures, metrics={**pictures.metrics, **metrics}, baselines={**pictures.baselines, **baselines})
-
-
 def _entry(
     path: Path, attack: Attack, threat: str, t: int, granted: Sequence[str], refused: str | None,
     batch_size: int | None = None,
@@ -265,7 +248,7 @@ def _save(
     tensors = {
         f"{name}/{field}": value
         for name, r in found.items()
-        for field in ("images", "labels", "scores", "loss")
+        for field in ("images", "labels", "scores", "embeddings", "loss")
         if (value := getattr(r, field)) is not None
     }
     write_tensors(folder / "reconstructions.safetensors", tensors, None, PRIVATE)

@@ -15,6 +15,7 @@ from fedgc.types import GRANTS, Attack, Observation
 
 QUICK = {
     "label-inference": {},
+    "embedding-recovery": {},
     "gradient-inversion": {"iterations": 3, "restarts": 2, "components": 10},
     "identity-linkage": {},
 }
@@ -35,7 +36,7 @@ def test_the_same_seed_gives_the_same_answer(world, attack: Attack) -> None:
     observation = observed(world, attack)
     one, two = (attack(observation, generator("contract")) for _ in range(2))
     assert one.sources == two.sources
-    for field in ("images", "labels", "scores", "loss"):
+    for field in ("images", "labels", "scores", "embeddings", "loss"):
         a, b = getattr(one, field), getattr(two, field)
         assert (a is None) == (b is None)
         if a is not None:
@@ -48,7 +49,7 @@ def test_shapes_types_and_ranges(world, attack: Attack) -> None:
     answer = attack(observation, generator(0))
     n = len(answer.sources)
     assert n > 0
-    assert not (answer.images is None and answer.labels is None and answer.scores is None)
+    assert any(x is not None for x in (answer.images, answer.labels, answer.scores, answer.embeddings))
     if answer.images is not None:
         assert answer.images.shape == (n, 3, 32, 32)
         assert answer.images.dtype == torch.float32
@@ -63,6 +64,10 @@ def test_shapes_types_and_ranges(world, attack: Attack) -> None:
         assert answer.scores.shape == (n, observation.gallery.size)
         assert answer.scores.dtype == torch.float32
         assert float(answer.scores.abs().max()) <= 1 + 1e-5
+    if answer.embeddings is not None:
+        assert answer.embeddings.shape == (n, 32)
+        assert answer.embeddings.dtype == torch.float32
+        torch.testing.assert_close(answer.embeddings.norm(dim=1), torch.ones(n))
     if answer.loss is not None:
         assert answer.loss.shape == (n,)
         assert answer.loss.isfinite().all()

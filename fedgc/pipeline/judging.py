@@ -1,0 +1,70 @@
+"""What an attack found beside the truth: the only place where reconstructions and private photos meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels, score_linkage
+from fedgc.algorithms import backbone_part
+from fedgc.models import build_backbone
+from fedgc.runs import RunDirectory
+from fedgc.threats import THREATS
+from fedgc.types import BACKBONE, HEAD, Reconstruction, Transcript
+
+SEAT = 0  # the client that is curious
+STRANGERS = 256  # auxiliary photos whose mean feature is a baseline
+
+
+def judged(
+    run: RunDirectory, target: str, threat: str, found: Mapping[str, Reconstruction], auxiliary: Tensor,
+    rng: np.random.Generator,
+) -> Scores:  # fmt: skip
+    """Scores of what one attack of a ``target`` ("round" or "step") found in each transcript, from one seat."""
+    if target == "round":
+        mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
+        return score_linkage(next(iter(found.values())), mates, rng)
+    seat = SEAT if threat == "client" else None
+    groups = {name: batches(r, run.load_truth(name), seat) for name, r in found.items()}
+    every = [g for of_one in groups.values() for g in of_one]
+    parts = []
+    if every[0].found is not None:
+        metrics, baselines = score_labels(every, run.about()["classes"], rng)
+        samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in every]))]
+        parts.append(Scores(metrics, baselines, samples))
+    if every[0].embeddings is not None:
+        features = [f for name, of_one in groups.items() for f in _features(run, name, threat, of_one, auxiliary)]
+        parts.append(score_embeddings(every, features, rng))
+    if every[0].images is not None:
+        parts.append(score_images(every, auxiliary, rng))
+    last = parts[-1]  # what is shown of each target; pictures where there are any
+    return replace(
+        last,
+        metrics={k: v for p in reversed(parts) for k, v in p.metrics.items()},
+        baselines={k: v for p in reversed(parts) for k, v in p.baselines.items()},
+    )
+
+
+def _features(run: RunDirectory, name: str, threat: str, groups: list[Batch], auxiliary: Tensor) -> list[Features]:
+    """True features of the photos behind each target of one transcript, and what they are compared with."""
+    transcript = run.load_transcript(name)
+    observation = THREATS[threat].observe(transcript, seat=SEAT)
+    updates = observation.client_updates or (observation.aggregate,)
+    rows = {u.clients[0] if len(u.clients) == 1 else -1: u.before.get(HEAD) for u in updates if u is not None}
+    stranger = features_at(transcript, auxiliary[:STRANGERS]).mean(dim=0)
+    return [Features(features_at(transcript, g.photos), stranger, rows.get(g.source)) for g in groups]
+
+
+@torch.no_grad()
+def features_at(transcript: Transcript, photos: Tensor, batch: int = 64) -> Tensor:
+    """Unit features (n, d) of photos (n, 3, S, S) at the backbone that the server sent out, by the forward pass that a recorded
+    step takes: not averaged with the mirror image, norms in evaluation mode."""
+    backbone = build_backbone(transcript.constants.spec, seed=0).eval()
+    start = {n.removeprefix(BACKBONE): t.cpu() for n, t in backbone_part(transcript.broadcast).items()}
+    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    return F.normalize(torch.cat([backbone(x) for x in photos.split(batch)]), dim=1)
