@@ -27,6 +27,8 @@ NEW_CLASS = 0.2  # photos that a class not yet named counts as having, against t
 MARK = 1e-2  # how near to zero, relative to the gradient, counts as zero
 STARTS = (0.0, 0.2, 0.4, 0.6, 0.8)  # cosine to the own class embedding from which row matching starts
 EXCHANGES = 3  # labels of a batch that a second opinion may change
+SHORT = 40  # iterations of a try
+WANTED = 3  # rows that an exchange may bring in
 EXACT = 1e-4  # share of the rows' squared length left unexplained from which labels are not doubted
 
 
@@ -165,6 +167,14 @@ class RowMatching:
         ridge = 1e-10 * gram.diagonal().mean().detach() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return 1 - tied @ torch.linalg.solve(gram + ridge, tied)
 
+    def remainder(self, units: Tensor) -> Tensor:
+        """(C, d) the rows less what photos with these features and labels make of them, at the best common factor."""
+        held = (units @ self.rows.directions.T).requires_grad_()
+        (g,) = torch.autograd.grad(heads.loss(held, self.labels, self.spec), held)
+        made = g.T @ units - (g * held.detach()).sum(0)[:, None] * self.rows.directions
+        w = self.rows.weights[:, None]
+        return self.rows.pull - made * (w * made * self.rows.pull).sum() / (w * made.square()).sum().clamp_min(1e-300)
+
     def starts(self) -> Iterator[Tensor]:
         """c ŵ_y + √(1 - c²) e for a grid of c, e the way the label's row was pulled; photos of one class a little apart."""
         towards = self.rows.directions[self.labels]
@@ -219,37 +229,34 @@ def match_rest(
 def match_batch(rows: HeadRows, count: int, spec: ModelSpec, own: bool = False) -> tuple[Tensor, Tensor]:
     """Labels (B,) and unit features (B, d) of a batch from the head's rows alone.
 
-    A second opinion on the labels: while they leave a part of the rows unexplained, one label at a time is exchanged for another
-    that the remainder asks for, as long as row matching then explains more.
+    A second opinion on the labels: while they leave a part of the rows unexplained, row matching tries what the features
+    found so far pull, and every exchange of one label for another that is pulled hard; the best of short tries is kept if it
+    explains more.
     """
-    labels = guess_labels(rows, count)
-    units, left = RowMatching(rows, labels, spec, own).solve()
+    matching = RowMatching(rows, guess_labels(rows, count), spec, own)
+    units, left = matching.solve()
     for _ in range(EXCHANGES):
         if left < EXACT:
             break
-        best = min(
-            ((trial, *RowMatching(rows, trial, spec, own).solve(iterations=100)) for trial in _exchanges(rows, labels, units)),
-            key=lambda solution: solution[2], default=None,
-        )  # fmt: skip
-        if best is None or best[2] > 0.8 * left:
+        trials = [replace(matching, labels=labels) for labels in _alternatives(matching, units)]
+        tried = [(trial, *trial.solve(iterations=SHORT)) for trial in trials]
+        trial, start, _ = min(tried, key=lambda t: t[2])
+        better, less = trial.solve(start)
+        if less > 0.9 * left:
             break
-        labels, units, left = best
-    return labels, RowMatching(rows, labels, spec, own).solve(units)[0]
+        matching, units, left = trial, better, less
+    return matching.labels, units
 
 
-def _exchanges(rows: HeadRows, labels: Tensor, units: Tensor) -> Iterator[Tensor]:
-    """Label multisets that differ by one: the labels whose photos pull the least, for the rows that are pulled the hardest."""
-    pulled = -shares(rows, units).sum(0)
-    present = torch.bincount(labels, minlength=len(pulled))
-    wanted = (pulled / (present + 1)).argsort(descending=True)[:3]
-    held = labels.unique()
-    doubtful = held[(pulled[held] / present[held]).argsort()[:2]]
-    for old in doubtful.tolist():
-        for new in wanted.tolist():
-            if new != old:
-                trial = labels.clone()
-                trial[(labels == old).nonzero()[0]] = new
-                yield trial.sort().values
+def _alternatives(matching: RowMatching, units: Tensor) -> list[Tensor]:
+    """Other label multisets: what each feature pulls, and each label exchanged for each of the rows that are pulled away from
+    the features harder than these labels explain."""
+    rest = -(matching.remainder(units) @ F.normalize(units.mean(0), dim=0))
+    wanted = rest.argsort(descending=True)[:WANTED].tolist()
+    held = matching.labels.tolist()
+    trials = {tuple(sorted(labels_of(matching.rows, units).tolist()))}
+    trials |= {tuple(sorted([*held[:i], new, *held[i + 1 :]])) for i in range(len(held)) for new in wanted}
+    return [torch.tensor(t, device=units.device) for t in sorted(trials - {tuple(sorted(held))})]
 
 
 def row_drift(update: ObservedUpdate) -> Tensor:

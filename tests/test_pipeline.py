@@ -145,6 +145,15 @@ def test_labels_of_single_photos_are_read_exactly(runs: dict[str, Path]) -> None
     assert entry["metrics"]["label_accuracy"]["value"] == 1.0
 
 
+def test_features_are_recovered_from_a_backbone_alone(runs: dict[str, Path]) -> None:
+    entry = results(runs["fedpe"], "embedding-recovery")["embedding-recovery", "server"]
+    assert entry["metrics"]["embedding_cosine"]["value"] > 0.999
+    assert set(entry["baselines"]) == {"random-embedding", "mean-stranger"}  # no class embedding is held
+    assert {"target", "class", "cosine"} == set(entry["samples"][0])
+    held = results(runs["fedgc"], "embedding-recovery")["embedding-recovery", "server"]
+    assert "nearest-class-embedding" in held["baselines"]
+
+
 def test_a_result_is_found_unless_forced(runs: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(runs["fedavg"], tmp_path / "run")
     first = results(tmp_path / "run", "identity-linkage")["identity-linkage", "client"]

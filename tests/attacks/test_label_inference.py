@@ -61,20 +61,20 @@ def test_one_photo_always_shows_its_class(margin: str, pull: float) -> None:
 @pytest.mark.parametrize(("margin", "pull"), [("none", 0.0), ("cosface", 0.5), ("arcface", 0.5)])
 def test_a_batch_of_different_people(margin: str, pull: float) -> None:
     found = 0
-    for seed in range(10):
+    for seed in range(2):
         labels = torch.randperm(100, generator=generator("people", seed))[:8].tolist()
         update, _ = one_step(labels, 100, pull, margin, seed)
         found += len(set(infer_labels(update, constants(margin)).tolist()) & set(labels))
-    assert found >= 72  # of 80; guessing finds 6
+    assert found >= 14  # of 16; guessing finds 1
 
 
 @pytest.mark.parametrize("labels", [[4, 4, 4, 9], [7, 7], [1, 2, 2, 2, 2]])
 def test_people_who_are_there_more_than_once(labels: list[int]) -> None:
     hits = sum(
         infer_labels(one_step(labels, 50, 0.5, "cosface", seed)[0], constants("cosface")).tolist() == labels
-        for seed in range(10)
+        for seed in range(5)
     )
-    assert hits >= 8
+    assert hits >= 4
 
 
 def test_a_client_of_one_person_has_only_one_answer() -> None:
