@@ -140,9 +140,13 @@ def _share_out(path: Path, job: Job, name: str, missing: list[int], workers: int
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
         waiting = [pool.submit(_part_of_pool, path, job, name, i) for i in missing]
+        seen = -1
         while not all(future.done() for future in waiting):
             time.sleep(POLL_SECONDS)
-            tick(count - len(missing) + sum(future.done() for future in waiting), count)
+            done = sum(future.done() for future in waiting)
+            if done != seen:
+                tick(count - len(missing) + done, count)
+                seen = done
             failed = next((e for future in waiting if future.done() and (e := future.exception())), None)
             if failed is not None:
                 raise failed
