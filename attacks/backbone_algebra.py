@@ -9,13 +9,11 @@ directions of their gradients, which follow from the unit features (`attacks.hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.head_algebra import (
     HeadRows,
@@ -27,12 +25,9 @@ from attacks.head_algebra import (
     match_batch,
     match_rest,
 )
+from attacks.last_layers import Tail, affine, is_affine, map_of, onto, tail
 from attacks.unmixing import singular, unmix
-from attacks.updates import gradient
-from fedgc.backbones.norms import FrozenBatchNorm
-from fedgc.models import build_backbone
-from fedgc.rng import generator
-from fedgc.types import BACKBONE, LocalConstants, ObservedUpdate
+from fedgc.types import LocalConstants, ObservedUpdate
 
 RANK_ONE = 0.1  # share of the length of dW that db must leave unexplained at most
 
@@ -54,99 +49,15 @@ class Recovered:
     how: str
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The last linear layer of a backbone, the flat norm on its output and the one on its input, if any, in float64 and at the
-    parameters that the update started from; gradients: what the update shows of each parameter.
-
-    Found by what a layer is and what it was given in a forward pass. rectified: whether the layer's input is that of a ReLU.
-    """
-
-    linear: nn.Linear
-    norm: nn.Module | None
-    feeding: nn.Module | None
-    rectified: bool
-    gradients: Mapping[nn.Module, Mapping[str, Tensor]]
-
-    def features(self, inputs: Tensor) -> Tensor:
-        """(n, f) -> (n, d), the backbone's features but for their length where it ends in a normalisation."""
-        with torch.no_grad():
-            y = self.linear(inputs)
-            return y if self.norm is None else cast(Tensor, self.norm(y))
-
-    def output_of(self, norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-        """(d,) γ dγ/dβ + β of one photo, and dβ, the square of which says how far each number can be trusted."""
-        seen = self.gradients.get(norm, {}) if norm is not None else {}
-        if norm is None or not {"weight", "bias"} <= set(seen) or not bool(seen["bias"].any()):
-            return None
-        dgamma, dbeta = seen["weight"], seen["bias"]
-        gamma, beta = _map_of(norm)
-        return gamma * dgamma / torch.where(dbeta == 0, torch.ones_like(dbeta), dbeta) + beta, dbeta
-
-
-def tail(update: ObservedUpdate, constants: LocalConstants) -> Tail | None:
-    """The last layers behind an update, or None where their gradient does not reach the observer."""
-    start = {n.removeprefix(BACKBONE): t for n, t in update.before.items() if n.startswith(BACKBONE)}
-    if not start:
-        return None
-    like = next(iter(start.values()))
-    backbone = build_backbone(constants.spec, seed=0).eval().to(like.dtype)
-    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
-    calls = _calls(backbone, constants.spec.image_size)
-    names = {module: name for name, module in backbone.named_modules()}
-    linears = [c for c in calls if isinstance(c[0], nn.Linear)]
-    if not linears or f"{BACKBONE}{names[linears[-1][0]]}.weight" not in update.delta:
-        return None
-    linear, given, made = linears[-1]
-    norm = next((m for m, x, _ in calls if x is made and _flat_norm(m)), None)
-    feeding = next((m for m, _, y in calls if y is given and _flat_norm(m)), None)
-    observed = gradient(update, constants)
-    gradients = {
-        module: {
-            name: observed[key].double()
-            for name, _ in module.named_parameters(recurse=False)
-            if (key := f"{BACKBONE}{names[module]}.{name}") in observed
-        }
-        for module in (linear, norm, feeding)
-        if module is not None
-    }
-    for module in gradients:
-        module.to(like.device).double()
-    rectified = bool((given >= 0).all()) and bool((given == 0).any())
-    return Tail(cast(nn.Linear, linear), norm, feeding, rectified, gradients)
-
-
-def _calls(backbone: nn.Module, size: int) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """(layer, input, output) of linear layers and norms in the order of their calls, on two photos of noise."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    watched = [m for m in backbone.modules() if isinstance(m, nn.Linear) or _flat_norm(m)]
-    hooks = [m.register_forward_hook(lambda m, x, y: calls.append((m, x[0], y))) for m in watched]
-    with torch.no_grad():
-        noise = torch.rand((2, 3, size, size), generator=generator("probe"))
-        backbone(noise.to(next(backbone.parameters()).dtype))
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
-def _flat_norm(module: nn.Module) -> bool:
-    """Whether a layer can be a norm of flat features (one that is given maps is not found by what it was given)."""
-    one_group = isinstance(module, nn.GroupNorm) and module.num_groups == 1
-    return one_group or isinstance(module, nn.LayerNorm | nn.BatchNorm1d | FrozenBatchNorm)
-
-
 def inputs_of_one(last: Tail) -> Tensor | None:
     """(f,) h of the only photo in its true scale, or None where the scale cannot be known (no bias, and a norm that undoes it).
 
     With a bias h = dWᵀdb / |db|², all rows of dW by what they can be trusted. Without, dW = δ hᵀ gives the direction, and a norm
     on either side gives sign and scale.
     """
-    seen = last.gradients[last.linear]
-    dW, db = seen["weight"], seen.get("bias")
-    if db is not None and bool(db.any()):
-        h = dW.T @ db / db.square().sum()
-        if (dW - torch.outer(db, h)).norm() <= RANK_ONE * dW.norm():
-            return h
+    dW, h = last.gradients[last.linear]["weight"], _by_bias(last)
+    if h is not None and (dW - torch.outer(last.gradients[last.linear]["bias"], h)).norm() <= RANK_ONE * dW.norm():
+        return h
     _, _, V, _ = singular(dW, 1)
     if not V.shape[1]:
         return None
@@ -155,43 +66,26 @@ def inputs_of_one(last: Tail) -> Tensor | None:
     if fed is not None:
         return v * _along(v, *fed)
     made = last.output_of(last.norm)
-    if made is None or last.norm is None or not _is_affine(last.norm):
+    if made is None or last.norm is None or not is_affine(last.norm):
         return None
     z, trust = made
-    scale, shift = _affine(last.norm, z)
+    scale, shift = affine(last.norm, z)
     bias = last.linear.bias if last.linear.bias is not None else torch.zeros_like(z)
     return v * _along(scale * (last.linear.weight.detach() @ v), z - shift - scale * bias.detach(), trust)
+
+
+def _by_bias(last: Tail) -> Tensor | None:
+    """(f,) dWᵀdb / |db|², the h that leaves the least of dW unexplained."""
+    seen = last.gradients[last.linear]
+    if "bias" not in seen or not bool(seen["bias"].any()):
+        return None
+    return seen["weight"].T @ seen["bias"] / seen["bias"].square().sum()
 
 
 def _along(direction: Tensor, target: Tensor, trust: Tensor) -> Tensor:
     """The factor by which a direction comes nearest to a target, errors weighed by trust²."""
     weight = trust.square()
     return (weight * direction * target).sum() / (weight * direction.square()).sum().clamp_min(1e-300)
-
-
-def _is_affine(norm: nn.Module) -> bool:
-    return isinstance(norm, nn.BatchNorm1d | FrozenBatchNorm)  # with fixed statistics, as in a recorded step
-
-
-def _affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """A, c of an elementwise z = A·y + c."""
-    with torch.no_grad():
-        shift = norm(torch.zeros_like(like)[None])[0]
-        return norm(torch.ones_like(like)[None])[0] - shift, shift
-
-
-def _map_of(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """γ and β of a norm."""
-    return cast(Tensor, norm.weight).detach(), cast(Tensor, norm.bias).detach()
-
-
-def _onto(norm: nn.Module, directions: Tensor) -> Tensor:
-    """(n, d) lengthened so that they can be outputs of a norm over all features: |(s·v - β)/γ|² = d, its positive root."""
-    gamma, beta = _map_of(norm)
-    a = (directions / gamma).square().sum(1)
-    b = -2 * (directions * beta / gamma**2).sum(1)
-    c = (beta / gamma).square().sum() - directions.shape[1]
-    return directions * ((-b + (b * b - 4 * a * c).clamp_min(0).sqrt()) / (2 * a))[:, None]
 
 
 def inputs_of_batch(update: ObservedUpdate, constants: LocalConstants, units: Tensor) -> Tensor | None:
@@ -212,16 +106,16 @@ def _inputs_by_rows(rows: HeadRows, last: Tail, units: Tensor) -> Tensor | None:
     solved = torch.linalg.pinv(pulls.T, rtol=1e-9) @ right  # h_i, or h_i and 1, over |z_i| and the spread of a norm
     if "bias" in seen:
         h = solved[:, :-1] / solved[:, -1:]
-    elif last.norm is not None and _is_affine(last.norm):
-        scale, shift = _affine(last.norm, units[0])
+    elif last.norm is not None and is_affine(last.norm):
+        scale, shift = affine(last.norm, units[0])
         if linear.bias is not None:
             shift = shift + scale * linear.bias.detach()
         off = (
             units - solved @ (scale[:, None] * linear.weight.detach()).T
         )  # |z|·off = shift, since z = scale·W h + shift
         h = solved * ((off @ shift) / off.square().sum(1).clamp_min(1e-300))[:, None]
-    elif last.feeding is not None and not _is_affine(last.feeding):
-        h = _onto(last.feeding, solved)
+    elif last.feeding is not None and not is_affine(last.feeding):
+        h = onto(last.feeding, solved)
     else:
         return None
     return h.clamp_min(0) if last.rectified else h
@@ -232,10 +126,10 @@ def _before_norm(last: Tail, units: Tensor, pulls: Tensor) -> Tensor:
     norm = last.norm
     if norm is None:
         return pulls
-    if _is_affine(norm):
-        return pulls * _affine(norm, units[0])[0]
-    z = _onto(norm, units)
-    gamma, beta = _map_of(norm)
+    if is_affine(norm):
+        return pulls * affine(norm, units[0])[0]
+    z = onto(norm, units)
+    gamma, beta = map_of(norm)
     spread = ((z - beta) / gamma).requires_grad_()  # its own normalised form: only the direction of the answer counts
     (before,) = torch.autograd.grad(norm(spread), spread, pulls)
     return before
@@ -278,6 +172,8 @@ def _of_one(rows: HeadRows | None, last: Tail | None) -> Recovered:
     inputs = features = pulls = None
     if last is not None:
         h, made = inputs_of_one(last), last.output_of(last.norm)
+        if h is None and made is None and rows is None:  # noise: better an estimate than none
+            h = _by_bias(last)
         inputs = None if h is None else h[None]
         features = last.features(inputs) if inputs is not None else None if made is None else made[0][None]
         pulls = made[1][None] if made is not None else _pulls(last, inputs)
@@ -290,7 +186,7 @@ def _of_one(rows: HeadRows | None, last: Tail | None) -> Recovered:
 
 def _without_rows(last: Tail | None, inputs: Tensor | None, units: Tensor | None) -> Recovered:
     if last is None or inputs is None:
-        why = "of several photos without the head's rows nothing follows: the embedding layer's inputs have no zeros"
+        why = "nothing: no zeros tell the photos apart, and the head's rows are not seen"
         return Recovered(None, None, None, None, None, why)
     features = last.features(inputs)
     return Recovered(None, units, inputs, features, _pulls(last, inputs), "zeros of the embedding layer's inputs")
