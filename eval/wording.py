@@ -38,7 +38,8 @@ ATTACKS = {
     "noise. The ceiling is what no attack on the same steps can exceed under that noise; the others of a batch count as known.",
 }
 SHORT = {  # metrics where space is short, after their value
-    "psnr_gain": "over the mean face", "psnr_oracle_restart": "of the best restart, chosen by the truth", "label_accuracy": "of labels found", "auc": "AUC",
+    "psnr_gain": "over the mean face", "psnr_oracle_restart": "of the best restart, chosen by the truth",
+    "label_accuracy": "of labels found", "auc": "AUC",
     "sar1@fmr=0.01": "accepted as the photo", "sar2@fmr=0.01": "accepted as the person",
 }  # fmt: skip
 BASELINES = {
