@@ -37,12 +37,13 @@ class CandidateMatch(Attack):
     speaks for most.
 
     What it knows: the candidates, and of the public constants the defense card (clipping norm C, noise multiplier σ) with the
-    number of photos. Where the card tells of no noise, every photo's gradient may have been shortened by a factor of its
-    own, and non-negative least squares solves for all factors.
+    number of photos. Where the card tells of no noise, the gradient may have been shortened by a factor, which non-negative
+    least squares solves for.
 
     Where no head rows are seen, the gradient is J(x)ᵀδ with δ, the gradient by the embedding, unknown. Of the embedding
-    layer, whose gradient is δ·h(x)ᵀ, every δ is fitted by least squares and projected out; the other layers are not used, so
-    that this is a lower bound on what such a seat can find.
+    layer, whose gradient is Σ δ_i·h(x_i)ᵀ, every δ is fitted by least squares and projected out; the other layers are not
+    used, so that under noise this is a lower bound on what such a seat can find. Without noise it is exact, for fewer photos
+    than h has numbers and whatever their labels and factors: batches are then read so even where head rows are seen.
     """
 
     name: Literal["candidate-match"] = "candidate-match"
@@ -120,7 +121,8 @@ def set_value(
     """The log-likelihood of a set of gradients of candidates in one step, up to a constant (without known noise: the share of
     the observed squared length that they explain), and the candidate of each gradient. photos: float32 (K, 3, S, S)."""
     step = Step.of(update, constants)
-    return step.matched(photos, labels) if step.sees_head else step.projected(photos)
+    labelled = step.sees_head and (step.noise or step.images == 1)
+    return step.matched(photos, labels) if labelled else step.projected(photos)
 
 
 @dataclass(frozen=True)

@@ -199,11 +199,11 @@ def test_the_log_likelihood_of_a_set_by_hand(world) -> None:
 
 
 def test_gradients_too_long_to_be_held_are_computed_again(world, monkeypatch) -> None:
-    seen = lined_up(world(batch=2))
+    seen = lined_up(world(batch=2, defense=dp(0.5)))
     few = replace(seen, candidates=seen.candidates[:5])
     whole = CandidateMatch(labels=2)(few, generator(0)).scores
     monkeypatch.setattr("attacks.candidates.HELD", 1)
-    torch.testing.assert_close(CandidateMatch(labels=2)(few, generator(0)).scores, whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(CandidateMatch(labels=2)(few, generator(0)).scores, whole, rtol=1e-3, atol=1e-3)
 
 
 # -- sets of gradients, against least squares on the gradients themselves
