@@ -78,6 +78,7 @@ class GradientInversion(Attack):
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"client-updates"}), frozenset({"aggregate"}))
     target: ClassVar[Literal["round", "step"]] = "step"
     costly: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
     summary: ClassVar[str] = "photos from the update of one step, by matching gradients"
 
     method: Literal["cascade", "inverting-gradients", "gradinversion", "idlg", "dlg"] = "cascade"
@@ -136,7 +137,7 @@ class GradientInversion(Attack):
             try:
                 objective, rows, count = self.objective(update, constants)
             except RefusedError:  # of several photos nothing could be told apart, and no head is seen
-                found.append(_nothing(faces, (update.images, 3, side, side)))
+                found.append(nothing_found(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
                 continue
             shape = (count, 3, side, side)
@@ -222,7 +223,7 @@ class GradientInversion(Attack):
         centre = mean_face(faces, (1, *shape[1:]))
         if self._faces:
             assert faces is not None
-            basis = _basis(Faces(faces), self.components, self.copies)
+            basis = auxiliary_basis(faces, self.components, self.copies)
             return Eigenfaces(centre, basis, self._hold(objective, shape[0]), self.symmetry)
         variation = self._method.total_variation if self.total_variation is None else self.total_variation
         known = faces is not None and self._method.start == "mean"
@@ -250,13 +251,18 @@ class Faces:
         return isinstance(other, Faces) and torch.equal(self.tensor, other.tensor)
 
 
+def auxiliary_basis(faces: Tensor, components: int, copies: int) -> Tensor:
+    """Eigenfaces of (N, 3, H, W) faces and of ``copies`` altered ones of each, drawn from a stream of their own: one basis for
+    all victims of a run."""
+    return _basis(Faces(faces), components, copies)
+
+
 @lru_cache(maxsize=2)
 def _basis(faces: Faces, components: int, copies: int) -> Tensor:
-    """Eigenfaces, of altered copies drawn from a stream of their own: one basis for all victims of a run."""
     return eigenfaces(varied(faces.tensor, copies, stream("eigenfaces")), components)
 
 
-def _nothing(faces: Tensor | None, shape: Shape) -> Solution:
+def nothing_found(faces: Tensor | None, shape: Shape) -> Solution:
     """The answer of an attack that found nothing: the mean face."""
     images = mean_face(faces, shape).expand(shape).contiguous()
     return Solution(images, math.inf, images[None], 0, 1)

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from attacks.candidates import CandidateMatch
 from attacks.embedding_recovery import EmbeddingRecovery
+from attacks.feature_inversion import FeatureInversion
 from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
 from attacks.label_inference import LabelInference
@@ -16,10 +17,10 @@ from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
     cls.model_fields["name"].default: cls
-    for cls in (LabelInference, EmbeddingRecovery, GradientInversion, IdentityLinkage, CandidateMatch)
+    for cls in (LabelInference, EmbeddingRecovery, FeatureInversion, GradientInversion, IdentityLinkage, CandidateMatch)
 }
 
 AnyAttack = Annotated[
-    LabelInference | EmbeddingRecovery | GradientInversion | IdentityLinkage | CandidateMatch,
+    LabelInference | EmbeddingRecovery | FeatureInversion | GradientInversion | IdentityLinkage | CandidateMatch,
     Field(discriminator="name"),
 ]

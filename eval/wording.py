@@ -28,7 +28,7 @@ ATTACKS = {
     "gradient-inversion": "Photos from the update of one optimiser step, by matching its gradient. The figure that counts is the "
     "gain in PSNR over the mean of the attacker's own faces, which needs no update at all.",
     "identity-linkage": "Which person of a gallery a class embedding belongs to.",
-    "feature-inversion": "Features, and photos from them, out of an update.",
+    "feature-inversion": "Photos from the features that the last layers of an update give away, and from nothing else.",
     "embedding-recovery": "The network's feature of each photo behind an update of one optimiser step: all that a recogniser "
     "knows of a face. One photo's needs no class embedding, and clipping does not hinder it.",
     "template-inversion": "Photos from class embeddings.",

@@ -244,12 +244,14 @@ class Attack(Named):
     """One published attack, or one of ours. Calling it checks what it needs; a subclass writes only `run`.
 
     needs: alternatives, each a set of grants of which all must be held. target: the kind of transcript it reads.
-    costly: seconds a photo rather than a moment, so that few photos are attacked unless more are asked for.
+    costly: seconds a photo rather than a moment, so that few photos are attacked unless more are asked for. apart: updates are
+    attacked one by one, and so may be shared out.
     """
 
     needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset(),)
     target: ClassVar[Literal["round", "step"]] = "round"
     costly: ClassVar[bool] = False
+    apart: ClassVar[bool] = False
     summary: ClassVar[str] = ""
 
     def refusal(self, observation: Observation) -> str | None:

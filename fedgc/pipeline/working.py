@@ -87,7 +87,7 @@ def sized(attack: Attack, photos: int) -> Attack:
 def reconstruct(run: RunDirectory, job: Job, name: str, observation: Observation, tick: Tick) -> Reconstruction:
     """What the job's attack finds in one transcript."""
     count = len(observation.client_updates or ())
-    if not isinstance(job.attack, GradientInversion) or count == 0:
+    if not job.attack.apart or count == 0:
         return job.attack(observation, stream(run, job, name), tick)
     folder = make_folder(run.path / "attacks" / job.folder() / "parts", private=True)
     files = [folder / f"{name}-{i}.safetensors" for i in range(count)]

@@ -18,6 +18,7 @@ QUICK = {
     "label-inference": {},
     "gradient-inversion": {"iterations": 3, "restarts": 2, "components": 10, "copies": 1},
     "embedding-recovery": {},
+    "feature-inversion": {"iterations": 3, "components": 10, "copies": 1},
     "identity-linkage": {},
     "candidate-match": {"labels": 2},
 }
