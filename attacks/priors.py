@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fedgc.local import augment
+from fedgc.rng import generator
 
+EXACT = 1000  # faces
 REFERENCE = 600  # eigenfaces, to which the weight of their prior refers
 Shape = tuple[int, int, int, int]
 
@@ -156,23 +158,38 @@ class Joint:
         """Free."""
 
 
-def varied(faces: Tensor, copies: int, generator: torch.Generator) -> Tensor:
+def varied(faces: Tensor, copies: int, draw: torch.Generator) -> Tensor:
     """(N, 3, H, W) faces, their mirror images, and ``copies`` of each moved, turned, scaled and lit at random: what a few hundred
     photos do not show of how photos vary."""
     faces = faces.detach().cpu().float()
-    return torch.cat([faces, faces.flip(-1), *(augment(faces, generator) for _ in range(copies))])
+    return torch.cat([faces, faces.flip(-1), *(augment(faces, draw) for _ in range(copies))])
 
 
 def eigenfaces(faces: Tensor, components: int) -> Tensor:
     """The leading principal directions of (N, 3, H, W) faces, each times its standard deviation: (k, 3·H·W), with
-    k = min(components, N - 1), from the smaller of the two Gram matrices."""
+    k = min(components, N - 1, 3·H·W).
+
+    Exact from the Gram matrix of up to EXACT faces; of more, by subspace iteration (Halko et al. 2011, algorithm 4.4), which
+    takes a tenth of the time and gives the directions that carry variance as well.
+    """
     x = faces.detach().cpu().float().flatten(1)
     x = x - x.mean(0)
     k = min(components, len(x) - 1, x.shape[1])
-    if len(x) > x.shape[1]:
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        return (vectors[:, -k:] * values[-k:].clamp_min(0).sqrt()).flip(1).T.contiguous()
+    if len(x) > max(EXACT, 2 * k):
+        return _by_iteration(x, k)
     _, vectors = torch.linalg.eigh(x @ x.T)
     leading = vectors[:, -k:].flip(1)
     # xᵀv has length sqrt(N·value) and the standard deviation is sqrt(value)
     return (leading.T @ x) / len(x) ** 0.5
+
+
+def _by_iteration(x: Tensor, k: int) -> Tensor:
+    """The same of many faces: a basis of what random combinations of them span, powered twice, and then exactly in it."""
+    draw = torch.randn((len(x), min(k + k // 10 + 20, *x.shape)), generator=generator("subspace"))
+    basis = torch.linalg.qr(x.T @ draw).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
+    inner = x @ basis
+    values, vectors = torch.linalg.eigh(inner.T @ inner / len(x))
+    scaled = vectors[:, -k:].flip(1) * values[-k:].flip(0).clamp_min(0).sqrt()
+    return (basis @ scaled).T.contiguous()

@@ -34,7 +34,7 @@ def job(**settings: object) -> Job:
 def found(run: RunDirectory, this: Job, ticks: list[tuple[int, int]] | None = None):
     observation, _ = observed(run, this, STEP, None, {})
     note = (lambda done, total: ticks.append((done, total))) if ticks is not None else (lambda *_: None)
-    return reconstruct(run, this, STEP, observation, note)
+    return reconstruct(run, this, {STEP: observation}, note)[STEP]
 
 
 def test_processes_find_what_one_process_finds(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,10 +159,9 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         return dict(read_json(folder / "summary.json"))
     started = time.monotonic()
     hidden = hide(run, job.attack, job.transcripts, job.seat)
-    found: dict[str, Reconstruction] = {}
+    seen: dict[str, Observation] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
     granted: tuple[str, ...] = ()
-    limited = 0
     for name in job.transcripts:
         allowed = left[round_of(name)]
         if allowed is not None and allowed <= 0:
@@ -174,10 +173,11 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
             entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, refusal, job.batch_size)
             write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
             return entry
-        stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
-        found[name] = reconstruct(run, job, name, observation, partial(watch, stage))
+        seen[name] = observation
         left[round_of(name)] = None if allowed is None else allowed - photos
-        limited += optimisation_limited(run, job, name, observation, found[name])
+    stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
+    found = reconstruct(run, job, seen, partial(watch, stage))
+    limited = sum(optimisation_limited(run, job, name, seen[name], found[name]) for name in found)
     scores = _scores(run, job, found, hidden)
     entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size)
     if len(job.rounds) > 1:

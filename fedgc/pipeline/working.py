@@ -84,21 +84,29 @@ def sized(attack: Attack, photos: int) -> Attack:
     return attack.sized(photos) if isinstance(attack, GradientInversion) else attack
 
 
-def reconstruct(run: RunDirectory, job: Job, name: str, observation: Observation, tick: Tick) -> Reconstruction:
-    """What the job's attack finds in one transcript."""
-    count = len(observation.client_updates or ())
-    if not job.attack.apart or count == 0:
-        return job.attack(observation, stream(run, job, name), tick)
-    folder = make_folder(run.path / "attacks" / job.folder() / "parts", private=True)
-    files = [folder / f"{name}-{i}.safetensors" for i in range(count)]
-    missing = [i for i, file in enumerate(files) if kept(file) is None]
+def reconstruct(run: RunDirectory, job: Job, seen: Mapping[str, Observation], tick: Tick) -> dict[str, Reconstruction]:
+    """What the job's attack finds in each transcript."""
+    if not job.attack.apart or any(o.client_updates is None for o in seen.values()):
+        whole = enumerate(seen.items())
+        return {
+            name: job.attack(o, stream(run, job, name), partial(_within, tick, done, len(seen)))
+            for done, (name, o) in whole
+        }
+    make_folder(run.path / "attacks" / job.folder() / "parts", private=True)
+    parts = [(name, i) for name, o in seen.items() for i in range(len(o.client_updates or ()))]
+    missing = [p for p in parts if kept(_file(run.path, job, *p)) is None]
     workers = min(os.cpu_count() or 1, len(missing))
     if workers > 1 and multiprocessing.parent_process() is None:  # a sweep's processes have the cores already
-        _share_out(run.path, job, name, missing, workers, count, tick)
+        _share_out(run.path, job, missing, workers, len(parts), tick)
     else:
-        for done, i in enumerate(missing, count - len(missing)):
-            part(run.path, job, name, i, partial(_within, tick, done, count), observation)
-    return joined([found for file in files if (found := kept(file)) is not None])
+        for done, (name, i) in enumerate(missing, len(parts) - len(missing)):
+            part(run.path, job, name, i, partial(_within, tick, done, len(parts)), seen[name])
+    found = {p: one for p in parts if (one := kept(_file(run.path, job, *p))) is not None}
+    return {name: joined([one for (of, _), one in found.items() if of == name]) for name in seen}
+
+
+def _file(path: Path, job: Job, name: str, number: int) -> Path:
+    return path / "attacks" / job.folder() / "parts" / f"{name}-{number}.safetensors"
 
 
 def _within(tick: Tick, before: int, parts: int, done: int, total: int) -> None:
@@ -118,7 +126,7 @@ def part(
         found = job.attack(alone, stream(run, job, name, number), tick)
     tensors = {field: value for field in FIELDS if (value := getattr(found, field)) is not None}
     about = {"sources": found.sources, "iterations": found.iterations, "failed": found.failed}
-    write_tensors(path / "attacks" / job.folder() / "parts" / f"{name}-{number}.safetensors", tensors, about, PRIVATE)
+    write_tensors(_file(path, job, name, number), tensors, about, PRIVATE)
 
 
 def stream(run: RunDirectory, job: Job, name: str, *number: int) -> torch.Generator:
@@ -136,10 +144,10 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _share_out(path: Path, job: Job, name: str, missing: list[int], workers: int, count: int, tick: Tick) -> None:
+def _share_out(path: Path, job: Job, missing: list[tuple[str, int]], workers: int, count: int, tick: Tick) -> None:
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        waiting = [pool.submit(_part_of_pool, path, job, name, i) for i in missing]
+        waiting = [pool.submit(_part_of_pool, path, job, name, i) for name, i in missing]
         seen = -1
         while not all(future.done() for future in waiting):
             time.sleep(POLL_SECONDS)

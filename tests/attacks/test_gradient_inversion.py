@@ -287,6 +287,17 @@ def test_eigenfaces_are_the_principal_axes_in_standard_deviations() -> None:
     assert len(eigenfaces(faces, 500)) == 29
 
 
+def test_eigenfaces_of_many_faces_are_the_same_axes(monkeypatch) -> None:
+    """Subspace iteration against the exact decomposition, on faces whose variance falls as that of photos does."""
+    spread = torch.arange(1, 49) ** -1.0
+    faces = (torch.randn(300, 48, generator=generator("faces")) * spread).view(300, 3, 4, 4)
+    exact = eigenfaces(faces, 10)
+    monkeypatch.setattr("attacks.priors.EXACT", 20)
+    fast = eigenfaces(faces, 10)
+    torch.testing.assert_close(fast.norm(dim=1), exact.norm(dim=1), rtol=1e-3, atol=0)
+    torch.testing.assert_close(fast.T @ fast, exact.T @ exact, rtol=0, atol=1e-3)
+
+
 def test_eigenfaces_start_at_the_mean_face() -> None:
     faces = torch.rand(6, 3, 4, 4, generator=generator("faces"))
     prior = Eigenfaces(mean_face(faces, (1, 3, 4, 4)), eigenfaces(faces, 3), 0.0)
