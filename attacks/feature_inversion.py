@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.backbone_algebra import recover, separable
-from attacks.gradient_inversion import auxiliary_basis, nothing_found
+from attacks.gradient_inversion import nothing_found
 from attacks.gradient_matching import Schedule, Solution, match, offset
-from attacks.priors import Eigenfaces, Pixels, Prior, mean_face
+from attacks.priors import Eigenfaces, Pixels, Prior, auxiliary_basis, mean_face
 from attacks.updates import illegible, source, targets, unreadable
 from fedgc.models import build_backbone
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction

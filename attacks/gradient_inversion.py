@@ -1,10 +1,10 @@
-"""Photos from the update of one step: one attack, its methods named after the papers that they come from."""
+"""Photos from the update of one step or a few: one attack, its methods named after the papers that they come from."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -15,11 +15,11 @@ from attacks.backbone_algebra import recover, separable
 from attacks.fast_step import distance_of
 from attacks.gradient_matching import Optimizer, Schedule, Solution, match, offset
 from attacks.label_inference import infer_labels
+from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, single_steps
 from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
-from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, eigenfaces, mean_face, varied
+from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
 from attacks.updates import gradient, illegible, source, targets, unreadable
 from fedgc.errors import RefusedError
-from fedgc.rng import generator as stream
 from fedgc.types import (
     HEAD,
     Attack,
@@ -30,6 +30,9 @@ from fedgc.types import (
     Reconstruction,
 )
 
+Problem = tuple[
+    Objective, Tensor | None, int
+]  # what is minimised, the head row of each photo where known, how many photos
 PAYS = 40_000  # iterations of a job from which compiling a graph is repaid
 
 
@@ -69,6 +72,9 @@ class GradientInversion(Attack):
     labels, which heads without a bias do not give by the published rules: "inverting-gradients" (Geiping et al. 2020),
     "gradinversion" (Yin et al. 2021; without BatchNorm statistics), "idlg" (Zhao et al. 2020), "dlg" (Zhu et al. 2019).
 
+    An update of several steps on the same photos is matched as ``local_update`` says (`attacks.local_update`): "surrogate" tries
+    a few places on the way from start to end, each for all iterations, and keeps what ends with the least loss.
+
     iterations, restarts, step_size, prior, total_variation: the method's own where they are not set. components, gaussian,
     copies: how many eigenfaces, how strongly they are held, and how many altered copies of each face they are made from.
     compiled: the step as a compiled graph; where not set, for jobs that repay compiling it.
@@ -79,7 +85,7 @@ class GradientInversion(Attack):
     target: ClassVar[Literal["round", "step"]] = "step"
     costly: ClassVar[bool] = True
     apart: ClassVar[bool] = True
-    summary: ClassVar[str] = "photos from the update of one step, by matching gradients"
+    summary: ClassVar[str] = "photos from the update of one step or a few, by matching gradients"
 
     method: Literal["cascade", "inverting-gradients", "gradinversion", "idlg", "dlg"] = "cascade"
     prior: Literal["pixels", "faces"] | None = None
@@ -94,18 +100,21 @@ class GradientInversion(Attack):
     copies: int = Field(default=8, ge=0, le=100)
     tolerance: float = Field(default=0.0, ge=0, lt=1)
     noise_aware: bool = True
+    local_update: LocalUpdate = "surrogate"
     compiled: bool | None = None
 
     def unsuitable(self, observation: Observation) -> str | None:
         steps = observation.public_constants.steps
-        if steps != 1:
+        if steps is None:
             return (
-                f"matches the gradient of a single step, and this update is the sum of {steps or 'several'}: "
-                "record single steps, or use an attack on whole rounds"
+                "matches the gradient of a single step or of a known number on the same photos, and this update is the sum of "
+                "several on many: record such steps (record.victims, record.local_steps), or use an attack on whole rounds"
             )
         faces = observation.auxiliary_faces
         if self._faces and (faces is None or len(faces) < 2):
             return "prior = 'faces' needs auxiliary-faces (2 photos or more); without, set prior = 'pixels'"
+        if self._unrolls(observation.public_constants) and (why := not_unrolled(observation)) is not None:
+            return why
         if self.method != "cascade" or unreadable(observation) is None:
             return unreadable(observation)
         why = illegible(observation)
@@ -135,15 +144,21 @@ class GradientInversion(Attack):
         labels: list[int] = []
         for number, update in enumerate(updates):
             try:
-                objective, rows, count = self.objective(update, constants)
+                problems = self.problems(update, constants)
             except RefusedError:  # of several photos nothing could be told apart, and no head is seen
                 found.append(nothing_found(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
                 continue
-            shape = (count, 3, side, side)
-            prior = self._prior(faces, shape, objective, len(update.classes))
-            tick = offset(partial(_report, progress, len(updates) * each), number * each)
-            found.append(match(distance_of(objective, bool(self.compiled)), prior, shape, schedule, generator, tick))
+            total = each * len(problems)
+            tick = offset(partial(_report, progress, len(updates) * total), number * total)
+            solved = []
+            for tried, (objective, _, count) in enumerate(problems):
+                shape = (count, 3, side, side)
+                prior = self._prior(faces, shape, objective, len(update.classes))
+                distance = distance_of(objective, bool(self.compiled))
+                solved.append(match(distance, prior, shape, schedule, generator, offset(tick, tried * each)))
+            best, (_, rows, count) = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)
+            found.append(_with_all(best, solved))
             sources += [source(update)] * count
             labels += [] if rows is None else [update.classes[row] for row in rows.tolist()]
         sizes = torch.tensor([len(s.images) for s in found])
@@ -161,12 +176,12 @@ class GradientInversion(Attack):
         """The objective of the update of that number at given images: what a search that fails to find them leaves behind."""
         update, constants = targets(observation)[number], observation.public_constants
         try:
-            objective, _, count = self.objective(update, constants)
+            problems = self.problems(update, constants)
         except RefusedError:
             return math.nan
-        if self._method.labels == "searched" or count != len(images):
+        if self._method.labels == "searched" or problems[0][2] != len(images):
             return math.nan
-        return float(objective.value(objective.inputs, images).detach())
+        return min(float(objective.value(objective.inputs, images).detach()) for objective, _, _ in problems)
 
     @property
     def _method(self) -> Method:
@@ -191,8 +206,21 @@ class GradientInversion(Attack):
             self.tolerance, m.group,
         )  # fmt: skip
 
-    def objective(self, update: ObservedUpdate, constants: LocalConstants) -> tuple[Objective, Tensor | None, int]:
-        """The matching problem of one step, the head row of each photo where it is known, and how many photos are sought."""
+    def problems(self, update: ObservedUpdate, constants: LocalConstants) -> list[Problem]:
+        """One update's matching problems, whose losses can be compared; of one step there is one. Raises RefusedError where
+        there is none."""
+        if self._unrolls(constants):
+            rows = self._rows(update, constants, gradient(update, constants))
+            return [(UnrolledMatching.of(update, constants, rows), rows, update.images)]
+        found = [self.objective(*step) for step in single_steps(update, constants, self.local_update)]
+        like, _, count = found[0]
+        return [p for p in found if (p[0].key, p[2]) == (like.key, count)]
+
+    def _unrolls(self, constants: LocalConstants) -> bool:
+        return self.local_update == "unrolled" and (constants.steps or 1) > 1
+
+    def objective(self, update: ObservedUpdate, constants: LocalConstants) -> Problem:
+        """The matching problem of one step."""
         seen = gradient(update, constants)
         noise = _noise(update, constants) if self.noise_aware and self.method == "cascade" else None
         if noise is not None and HEAD in seen:
@@ -237,35 +265,15 @@ class GradientInversion(Attack):
         return self.gaussian
 
 
-class Faces:
-    """Auxiliary faces by what they are, so that the eigenfaces of many victims are made once."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self.content = (tuple(tensor.shape), float(tensor.double().sum()), float(tensor.double().square().sum()))
-
-    def __hash__(self) -> int:
-        return hash(self.content)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Faces) and torch.equal(self.tensor, other.tensor)
-
-
-def auxiliary_basis(faces: Tensor, components: int, copies: int) -> Tensor:
-    """Eigenfaces of (N, 3, H, W) faces and of ``copies`` altered ones of each, drawn from a stream of their own: one basis for
-    all victims of a run."""
-    return _basis(Faces(faces), components, copies)
-
-
-@lru_cache(maxsize=2)
-def _basis(faces: Faces, components: int, copies: int) -> Tensor:
-    return eigenfaces(varied(faces.tensor, copies, stream("eigenfaces")), components)
-
-
 def nothing_found(faces: Tensor | None, shape: Shape) -> Solution:
     """The answer of an attack that found nothing: the mean face."""
     images = mean_face(faces, shape).expand(shape).contiguous()
     return Solution(images, math.inf, images[None], 0, 1)
+
+
+def _with_all(best: Solution, solved: list[Solution]) -> Solution:
+    """The best of several, with the work of all."""
+    return replace(best, iterations=sum(s.iterations for s in solved), failed=sum(s.failed for s in solved))
 
 
 def _noise(update: ObservedUpdate, constants: LocalConstants) -> tuple[float, float] | None:

@@ -110,13 +110,15 @@ class HeadMatching:
 
     def value(self, inputs: Inputs, images: Tensor) -> Tensor:
         tensors, trained = self.problem.parameters(inputs)
+        trial = torch.autograd.grad(self.loss(tensors, inputs, images), trained, create_graph=True)
+        return distance(trial, inputs["observed"], self.metric)
+
+    def loss(self, tensors: dict[str, Tensor], inputs: Inputs, images: Tensor) -> Tensor:
+        """The client's, at parameters and buffers by name."""
         if self.labels is None:
             images, logits = unpacked(images, self.spec.image_size)
-            loss = soft_loss(functional_call(self.model, tensors, (images,)), logits, self.spec)
-        else:
-            loss = heads.loss(functional_call(self.model, tensors, (images,)), inputs["labels"][0], self.spec)
-        trial = torch.autograd.grad(loss, trained, create_graph=True)
-        return distance(trial, inputs["observed"], self.metric)
+            return soft_loss(functional_call(self.model, tensors, (images,)), logits, self.spec)
+        return heads.loss(functional_call(self.model, tensors, (images,)), inputs["labels"][0], self.spec)
 
 
 def unpacked(joint: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -23,14 +23,32 @@ def gradient(update: ObservedUpdate, constants: LocalConstants) -> dict[str, Ten
     """Gradient of the loss at ``update.before``, from one SGD step: -delta/lr - weight_decay·before, where
     the client shortened its gradient (``clip_norm``) up to one common factor.
 
+    Of K steps with momentum the mean gradient, each step weighing as much as it moved the parameters: -delta/(lr Σc) -
+    weight_decay·(before + s·delta), exact but for the straight line that parameters are taken to have moved along.
+
     Only tensors whose start is known and that training steps on: running statistics are not among a model's
     parameters and are left to the caller, who looks gradients up by parameter name.
     """
+    total, middle = sum(weights_of_steps(constants)), middle_of(constants)
     return {
-        name: -delta / constants.lr_of(name) - constants.weight_decay * update.before[name]
+        name: -delta / (constants.lr_of(name) * total) - constants.weight_decay * (update.before[name] + middle * delta)
         for name, delta in update.delta.items()
         if name in update.before
     }
+
+
+def weights_of_steps(constants: LocalConstants) -> list[float]:
+    """c_k = (1 - m^(K-k)) / (1 - m): how many times lr the gradient of step k, k = 0..K-1, moves the parameters in K steps
+    of SGD with momentum m. One where the number of steps is not known."""
+    steps, m = constants.steps or 1, constants.momentum
+    return [(1 - m ** (steps - k)) / (1 - m) for k in range(steps)]
+
+
+def middle_of(constants: LocalConstants) -> float:
+    """s in [0, 1): the weighted mean place of the steps on the way, at the pace of a constant gradient."""
+    weights = weights_of_steps(constants)
+    walked = [sum(weights[len(weights) - k :]) for k in range(len(weights))]  # in k steps, which are the last k of K
+    return sum(w * s for w, s in zip(weights, walked, strict=True)) / sum(weights) ** 2
 
 
 def illegible(observation: Observation) -> str | None:

@@ -114,5 +114,6 @@ def _plain(entry: Entry) -> Entry:
 
 
 def _where(entry: Entry) -> str:
-    batch = entry.get("batch_size")
-    return f"{entry.get('run', 'run')}" + (f" (batch of {batch})" if batch else "")
+    batch, steps = entry.get("batch_size"), entry.get("local_steps")
+    size = f"batch of {batch}" + (f", {steps} steps" if steps else "")
+    return f"{entry.get('run', 'run')}" + (f" ({size})" if batch else "")

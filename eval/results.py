@@ -37,7 +37,7 @@ HEADLINE = (
 UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
 COLUMNS = (
     "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
-    "n", "chance", "ceiling", "baseline", "refused", "why", "round", "targets", "far", "note",
+    "n", "chance", "ceiling", "baseline", "refused", "why", "round", "targets", "far", "note", "local_steps",
 )  # fmt: skip
 
 
@@ -79,16 +79,17 @@ class RunResult:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Attack entries with every batch size an entry of its own, each once, by seat, attack and batch size."""
+        """Attack entries, every batch size and number of local steps one of its own, each once, by seat, attack and size."""
         found: dict[str, Entry] = {}
         for entry in (e for whole in self.attacks for e in _with_variants(whole)):
-            keys = ("attack", "threat", "round", "rounds", "batch_size", "settings")
+            keys = ("attack", "threat", "round", "rounds", "batch_size", "local_steps", "settings")
             key = [entry.get(k) for k in keys]
             found.setdefault(json.dumps(key, sort_keys=True), entry)
         return sorted(found.values(), key=_order)
 
     def leading(self, attack: str, threat: str) -> Entry | None:
-        """The entry that stands for an attack from a seat: last round, smallest batch, and there what leaks most."""
+        """The entry that stands for an attack from a seat: last round, smallest batch, fewest local steps, and there what leaks
+        most."""
         matching = [e for e in self.entries if (e["attack"], e["threat"]) == (attack, threat)]
         return max(matching, key=_lead, default=None)
 
@@ -97,20 +98,26 @@ def _with_variants(entry: Entry) -> Iterator[Entry]:
     plain = {key: value for key, value in entry.items() if key != "variants"}
     yield plain
     for name, changes in (entry.get("variants") or {}).items():
-        key, _, value = name.partition("=")
-        without = {k: v for k, v in plain.items() if k != "folder"}  # the pictures there are the leading entry's
-        yield {**without, **changes, key: int(value) if value.isdigit() else value}
+        named = {k: int(v) if v.isdigit() else v for k, _, v in (part.partition("=") for part in name.split(","))}
+        # the pictures there are the leading entry's, and so are its local steps
+        without = {k: v for k, v in plain.items() if k not in ("folder", "local_steps")}
+        yield {**without, **changes, **named}
 
 
 def _order(entry: Entry) -> tuple[Any, ...]:
     seat = SEATS.index(entry["threat"]) if entry["threat"] in SEATS else len(SEATS)
-    return seat, entry["threat"], entry["attack"], entry.get("round") or 0, entry.get("batch_size") or 0
+    return seat, entry["threat"], entry["attack"], entry.get("round") or 0, *_size(entry)
+
+
+def _size(entry: Entry) -> tuple[int, int]:
+    return entry.get("batch_size") or 0, entry.get("local_steps") or 1
 
 
 def _lead(entry: Entry) -> tuple[Any, ...]:
     name = headline_metric(entry)
     value = entry["metrics"][name].get("value") if name else None
-    return entry.get("round") or 0, -(entry.get("batch_size") or 0), value is not None, value or 0.0
+    photos, steps = _size(entry)
+    return entry.get("round") or 0, -photos, -steps, value is not None, value or 0.0
 
 
 def headline_metric(entry: Entry) -> str | None:
@@ -276,7 +283,7 @@ def table(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         about = {"run": run.path, **{key: getattr(run, key) for key in ("algorithm", "defense", "epsilon", "seed")}}
         rows += _rows({**about, "attack": "utility"}, run.about.get("utility", {}), run.about.get("baselines", {}))
         for entry in run.entries:
-            keys = ("threat", "attack", "batch_size", "round", "targets", "refused")
+            keys = ("threat", "attack", "batch_size", "local_steps", "round", "targets", "refused")
             head = {**about, **{key: entry.get(key) for key in keys}}
             if entry.get("refused"):
                 rows.append(head)

@@ -228,7 +228,7 @@ def _seat(seat: str, entries: Sequence[tuple[Cell, RunResult, Entry]], metrics: 
     rows: list[dict[str, Any]] = []
     held: dict[str, list[str]] = {}
     refused: dict[str, list[Cell]] = {}
-    sizes: dict[int | None, Shared] = {}
+    sizes: dict[str, Shared] = {}
     for cell, run, entry in entries:
         label = cell.label + (f", seed {run.seed}" if len(cell.runs) > 1 else "")
         held.setdefault(", ".join(entry.get("granted") or ()) or "nothing", []).append(algorithm_name(run.algorithm))
@@ -236,20 +236,25 @@ def _seat(seat: str, entries: Sequence[tuple[Cell, RunResult, Entry]], metrics: 
             refused.setdefault(entry["refused"], []).append(cell)
             continue
         values = [shown(entry["metrics"].get(m), m) for m in metrics]
-        keys = ("targets", "batch_size", "round", "failed")
-        rows.append({"label": label, "values": values, **{k: entry.get(k) for k in keys}})
-        size = entry.get("batch_size")
+        keys, size = ("targets", "round", "failed"), batch_text(entry)
+        rows.append({"label": label, "values": values, "batch": size, **{k: entry.get(k) for k in keys}})
         shared = sizes.setdefault(
-            size, Shared([c.label for c, _, e in entries if not e.get("refused") and e.get("batch_size") == size])
+            size, Shared([c.label for c, _, e in entries if not e.get("refused") and batch_text(e) == size])
         )
         for name, baseline in entry.get("baselines", {}).items():
             if name != "random-labels":  # that is what chance is, beside each value
                 shared.add(BASELINES.get(name, name), [shown(baseline.get(m), m) for m in metrics], cell.label)
     grants = [{"held": h, "who": " and ".join(dict.fromkeys(names))} for h, names in held.items()]
-    baselines = [{**row, "batch_size": size} for size, shared in sizes.items() for row in shared.rows]
+    baselines = [{**row, "batch": size} for size, shared in sizes.items() for row in shared.rows]
     everyone = [c for c, _, _ in entries]
     refusals = [(_briefly([c.label for c in those], everyone), why) for why, those in refused.items()]
     return {"seat": seat, "rows": rows, "grants": grants, "baselines": baselines, "refusals": refusals}
+
+
+def batch_text(entry: Entry) -> str:
+    """How many photos are behind an update, and how many steps were taken on them if several."""
+    steps = entry.get("local_steps") or 1
+    return f"{entry.get('batch_size') or 'whole round'}" + (f", {steps} steps" if steps > 1 else "")
 
 
 def _settings(entry: Entry) -> str:

@@ -119,8 +119,9 @@ class Correction(Section):
 
 
 class Record(Section):
-    """What is kept for attacks: full rounds, and single steps on `victims` photos at each of `batch_sizes`.
+    """What is kept for attacks: full rounds, and steps on `victims` photos at each of `batch_sizes`.
 
+    local_steps: how many optimiser steps a recorded step is, each on all its photos; every number is recorded on the same photos.
     rounds: "last", "ends" (first and last), "all", or a list. clients: "all", or how many clients' updates are kept.
     """
 
@@ -128,6 +129,7 @@ class Record(Section):
     clients: Literal["all"] | Annotated[int, Field(ge=1)] = "all"
     victims: int = Field(default=8, ge=0)
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = (1, 4)
+    local_steps: tuple[Annotated[int, Field(ge=1)], ...] = (1,)
 
     def keeps(self, client: int) -> bool:
         """Whether the updates of this client are kept; messages to it always are."""

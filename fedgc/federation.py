@@ -147,12 +147,19 @@ class Federation:
         photos: Tensor,
         labels: Tensor,
         keep: Callable[[int], bool] = lambda client: True,
+        steps: int = 1,
     ) -> tuple[Transcript, Truth]:
-        """A recorded single step at ``state``: client k on photos[k] (B, 3, S, S) with classes labels[k]. See `Transcript`."""
+        """A recorded step at ``state``: client k on photos[k] (B, 3, S, S) with classes labels[k]. See `Transcript`.
+
+        steps: how many optimiser steps each client takes, all on the same photos, with momentum from the second on.
+        """
         t = state.round + 1
-        constants = replace(self.constants(t), batch_size=photos.shape[1], steps=1, momentum=0.0, augmented=False)
+        constants = replace(self.constants(t), batch_size=photos.shape[1], steps=steps, augmented=False)
+        if steps == 1:
+            constants = replace(constants, momentum=0.0)
         parties = [replace(p, photos=x, labels=y) for p, x, y in zip(self.parties, photos, labels, strict=True)]
-        transcript = self._play(state, ("step", t, photos.shape[1], number), constants, parties, keep).transcript
+        where: Where = ("step", t, photos.shape[1], number, *([] if steps == 1 else [steps]))
+        transcript = self._play(state, where, constants, parties, keep).transcript
         return transcript, Truth(tuple(p.client for p in parties), photos.cpu().float() / 255, labels.cpu())
 
     def _play(
@@ -176,15 +183,16 @@ class Federation:
         return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
 
     def _train(self, party: Party, state: State, constants: LocalConstants, where: Where) -> LocalResult:
-        """The client's half: what ``party`` makes of the state, in a round on all its photos or in a single step on them."""
-        rows, single = self._visible_rows(party), where[0] == "step"
+        """The client's half: what ``party`` makes of the state, in a round on all its photos or in a recorded step on them."""
+        rows, recorded = self._visible_rows(party), where[0] == "step"
         model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
         load_tensors(model, {**state.backbone, HEAD: state.rows[list(rows)]})
-        model.train(not single)
+        model.train(not recorded)
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
-        if single:
-            plan = ClientPlan(party.client, len(party.photos), len(party.photos), 1)
-            batches, sampling = iter([torch.arange(len(party.photos))]), None
+        if recorded:
+            n, steps = len(party.photos), constants.steps or 1
+            plan = ClientPlan(party.client, n, n, steps)
+            batches, sampling = iter([torch.arange(n)] * steps), None
         else:
             plan = self.plan(party)
             batches = epoch_batches(
@@ -200,8 +208,8 @@ class Federation:
     def _stream(self, party: Party, where: Where) -> Where:
         if where[0] == "round":
             return where[1], party.client
-        _, t, batch, number = where
-        return t, party.client, "step", batch, number
+        _, t, batch, number, *steps = where
+        return t, party.client, "step", batch, number, *steps
 
     def _collect(
         self, got: Collected, party: Party, result: LocalResult, examples: Mapping[int, int], where: Where,

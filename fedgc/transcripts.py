@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,10 +11,14 @@ from torch import Tensor
 
 from fedgc.types import ClientUpdate, LocalConstants, ModelSpec, Transcript
 
+STEP = re.compile(r"-step-b(?P<batch>\d+)-(k(?P<steps>\d+)-)?\d+$")
 
-def transcript_name(round: int, batch: int | None = None, number: int = 0) -> str:
-    """round-0010, or round-0010-step-b4-0 for the recorded single steps."""
-    return f"round-{round:04d}" + ("" if batch is None else f"-step-b{batch}-{number}")
+
+def transcript_name(round: int, batch: int | None = None, number: int = 0, steps: int = 1) -> str:
+    """round-0010; round-0010-step-b4-0 for a recorded single step, round-0010-step-b4-k5-0 for five local steps."""
+    if batch is None:
+        return f"round-{round:04d}"
+    return f"round-{round:04d}-step-b{batch}-" + (f"k{steps}-" if steps > 1 else "") + str(number)
 
 
 def round_of(name: str) -> int:
@@ -22,8 +27,14 @@ def round_of(name: str) -> int:
 
 
 def step_of(name: str) -> str:
-    """What names a single step in every round ("b4-0" of "round-0002-step-b4-0"); empty for a whole round."""
+    """What names a recorded step in every round ("b4-0" of "round-0002-step-b4-0"); empty for a whole round."""
     return name.partition("-step-")[2]
+
+
+def size_of(name: str) -> tuple[int, int] | None:
+    """(photos, local steps) behind each update of a recorded step of that name; None for a whole round."""
+    found = STEP.search(name)
+    return None if found is None else (int(found["batch"]), int(found["steps"] or 1))
 
 
 def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:

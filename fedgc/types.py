@@ -49,9 +49,9 @@ class LocalConstants:
     """The public constants of local training in one round.
 
     The head's learning rate is ``lr * head_lr_factor``; the gradient of a whole batch is shortened to ``clip_norm``.
-    ``steps`` is None where clients take different numbers of steps. ``defense`` is the defense card: mechanism and
-    its public parameters, which a strong attacker knows. ``augmented`` says whether training saw transformed photos.
-    ``server_lr`` multiplies the mean update. precision: of convolutions and matrix products in local training.
+    ``steps`` is None where clients take different numbers of steps, as in a whole round. ``defense`` is the defense card:
+    mechanism and its public parameters, which a strong attacker knows. ``augmented`` says whether training saw transformed
+    photos. ``server_lr`` multiplies the mean update. precision: of convolutions and matrix products in local training.
     """
 
     spec: ModelSpec
@@ -89,9 +89,10 @@ class ClientUpdate:
 class Transcript:
     """Everything on the wire in one round.
 
-    kind "round" is a round as trained. Kind "step" is a recorded single step: from the same parameters, every client
-    takes one optimiser step on ``constants.batch_size`` photos, through the same algorithm and defense; it is the worst
-    case for a photo (a client with few photos, or a server that knows the rest of the batch) and never changes the model.
+    kind "round" is a round as trained. Kind "step" is a recorded step: from the same parameters, every client takes
+    ``constants.steps`` optimiser steps, one or few, each on the same ``constants.batch_size`` photos, through the same algorithm
+    and defense; it is the worst case for a photo (a client with few photos, or a server that knows the rest of the batch) and
+    never changes the model.
 
     broadcast   what the server sent to everybody, before local training
     sent        what it sent to client k alone (its own class embeddings)

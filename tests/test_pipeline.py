@@ -140,6 +140,24 @@ def test_an_attack_entry_is_the_contract(runs: dict[str, Path]) -> None:
     assert entry["targets"] == 2
 
 
+def test_local_steps_are_recorded_on_the_same_photos_and_stand_apart(runs: dict[str, Path], tmp_path: Path) -> None:
+    train(load_config(settings=(*TINY, "record.local_steps=[1, 3]")), tmp_path / "run")
+    run, plain = RunDirectory(tmp_path / "run"), RunDirectory(runs["fedgc"])
+    names = ["round-0001", *(f"round-0001-step-b{b}-{k}0" for b in (1, 2) for k in ("", "k3-"))]
+    assert sorted(n for n in run.transcripts() if n.startswith("round-0001")) == sorted(names)
+    for batch in (1, 2):
+        one, several = (f"round-0001-step-b{batch}-{k}0" for k in ("", "k3-"))
+        assert torch.equal(run.load_truth(one).images, run.load_truth(several).images)
+        assert run.load_transcript(several).constants.steps == 3
+        files = [r.path / "transcript" / f"{one}.safetensors" for r in (run, plain)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert run.about()["victims"] == plain.about()["victims"]
+    entry = results(run.path, "gradient-inversion", threats=("server",))["gradient-inversion", "server"]
+    assert (entry["batch_size"], entry.get("local_steps")) == (1, None)
+    assert set(entry["variants"]) == {"batch_size=1,local_steps=3", "batch_size=2", "batch_size=2,local_steps=3"}
+    assert not any(v["refused"] for v in entry["variants"].values())
+
+
 def test_labels_of_single_photos_are_read_exactly(runs: dict[str, Path]) -> None:
     entry = results(runs["fedgc"], "label-inference")["label-inference", "server"]
     assert entry["metrics"]["label_accuracy"]["value"] == 1.0

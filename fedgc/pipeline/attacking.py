@@ -27,7 +27,7 @@ from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct, sized
 from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge, outsider_observation
-from fedgc.transcripts import round_of
+from fedgc.transcripts import round_of, size_of
 from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
 
 DEFAULT_TARGETS = 8  # photos, where an attack is costly
@@ -125,7 +125,7 @@ def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
 def _with_variants(
     run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None, force: bool, watch: Watch,
 ) -> dict[str, Any]:  # fmt: skip
-    """The result of one attack from one seat; for single steps the smallest batch leads, and others are variants."""
+    """The result of one attack from one seat; for recorded steps the smallest batch leads, and others are variants."""
     results = [_result(run, job, force, watch) for job in _jobs(run, attack, threat, rounds, targets)]
     if not results:
         why = f"no single steps were recorded in round {rounds[-1]}: record.victims was 0"
@@ -133,22 +133,27 @@ def _with_variants(
     first, *others = results
     if others and not first["refused"]:
         keys = ("targets", "seconds", "refused", "metrics", "baselines", "samples")
-        first = {**first, "variants": {f"batch_size={r['batch_size']}": {k: r[k] for k in keys} for r in others}}
+        first = {**first, "variants": {variant_name(r): {k: r[k] for k in keys} for r in others}}
     return first
 
 
 def _jobs(run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None) -> list[Job]:
     names = [n for n in run.transcripts() if round_of(n) in rounds]
     if attack.target == "round":
-        whole = tuple(n for n in names if "-step-" not in n)
+        whole = tuple(n for n in names if size_of(n) is None)
         return [Job(attack, threat, whole, rounds, None, targets)]
-    sizes: dict[int, list[str]] = {}
+    sizes: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        if "-step-b" in name:
-            sizes.setdefault(int(name.split("-step-b")[1].split("-")[0]), []).append(name)
+        if (size := size_of(name)) is not None:
+            sizes.setdefault(size, []).append(name)
     photos = targets or (DEFAULT_TARGETS if attack.costly else None)
     attack = sized(attack, photos or 0)
-    return [Job(attack, threat, tuple(sizes[b]), rounds, b, photos) for b in sorted(sizes)]
+    return [Job(attack, threat, tuple(sizes[b, k]), rounds, b, photos, k) for b, k in sorted(sizes)]
+
+
+def variant_name(entry: Mapping[str, Any]) -> str:
+    steps = f",local_steps={entry['local_steps']}" if "local_steps" in entry else ""
+    return f"batch_size={entry['batch_size']}{steps}"
 
 
 def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str, Any]:
@@ -170,7 +175,9 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         refusal = no_message(observation) or job.attack.refusal(observation)
         granted = observation.granted
         if refusal:
-            entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, refusal, job.batch_size)
+            entry = _entry(
+                run.path, job.attack, job.threat, job.rounds[-1], granted, refusal, job.batch_size, job.local_steps
+            )
             write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
             return entry
         seen[name] = observation
@@ -179,7 +186,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     found = reconstruct(run, job, seen, partial(watch, stage))
     limited = sum(optimisation_limited(run, job, name, seen[name], found[name]) for name in found)
     scores = _scores(run, job, found, hidden)
-    entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size)
+    entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size, job.local_steps)
     if len(job.rounds) > 1:
         entry["rounds"] = list(job.rounds)
     if limited:
@@ -215,12 +222,13 @@ def no_message(observation: Observation) -> str | None:
 
 def _entry(
     path: Path, attack: Attack, threat: str, t: int, granted: Sequence[str], refused: str | None,
-    batch_size: int | None = None,
+    batch_size: int | None = None, local_steps: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
+    several = {"local_steps": local_steps} if local_steps > 1 else {}
     return {
         "attack": attack.name, "threat": threat, "run": str(path), "targets": 0, "seconds": 0.0,
         "granted": list(granted), "refused": refused, "metrics": {}, "baselines": {}, "round": t,
-        "batch_size": batch_size, "settings": attack.model_dump(mode="json"), "samples": [],
+        "batch_size": batch_size, **several, "settings": attack.model_dump(mode="json"), "samples": [],
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,10 @@ def _rounds(
 
 def _record_steps(setting: Setting, parties: Federation, state: State, run: RunDirectory) -> None:
     record = setting.config.record
-    for batch in record.batch_sizes:
+    for batch, steps in product(record.batch_sizes, record.local_steps):
         for number, (photos, labels) in enumerate(victims(setting.parties, batch, record.victims, setting.config.seed)):
-            transcript, truth = parties.play_step(state, number, photos, labels, record.keeps)
-            name = transcript_name(state.round + 1, batch, number)
+            transcript, truth = parties.play_step(state, number, photos, labels, record.keeps, steps)
+            name = transcript_name(state.round + 1, batch, number, steps)
             run.save_truth(name, truth)
             run.save_transcript(name, transcript)
 

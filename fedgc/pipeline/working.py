@@ -37,7 +37,8 @@ Tick = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One attack from one seat on one set of transcripts that share a batch size and, unless evidence adds up, a round."""
+    """One attack from one seat on one set of transcripts that share a batch size, a number of local steps and, unless evidence
+    adds up, a round."""
 
     attack: Attack
     threat: str
@@ -45,6 +46,7 @@ class Job:
     rounds: tuple[int, ...]
     batch_size: int | None
     targets: int | None
+    local_steps: int = 1
 
     @property
     def seat(self) -> int | None:

@@ -39,23 +39,26 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def world() -> Callable[..., World]:
-    """world(algorithm, batch=1, clients=2, kind="step", defense=NoDefense()) at the initial state of a federation."""
+    """world(algorithm, batch=1, clients=2, kind="step", defense=NoDefense(), steps=1) at a federation's initial state."""
     strangers, _ = synthetic_faces(60, 1, SIZE, seed=2)
-    cache: dict[tuple[str, int, int, str, str], World] = {}
+    cache: dict[tuple[str, int, int, str, str, int], World] = {}
 
     def build(
-        algorithm: str = "fedgc", batch: int = 1, clients: int = 2, kind: str = "step", defense: Defense | None = None
-    ) -> World:
+        algorithm: str = "fedgc", batch: int = 1, clients: int = 2, kind: str = "step", defense: Defense | None = None,
+        steps: int = 1,
+    ) -> World:  # fmt: skip
         defense = defense or NoDefense()
-        key = algorithm, batch, clients, kind, repr(defense)
+        key = algorithm, batch, clients, kind, repr(defense), steps
         if key not in cache:
-            cache[key] = _world(algorithm, batch, clients, kind, strangers.float() / 255, defense)
+            cache[key] = _world(algorithm, batch, clients, kind, strangers.float() / 255, defense, steps)
         return cache[key]
 
     return build
 
 
-def _world(algorithm: str, batch: int, clients: int, kind: str, strangers: torch.Tensor, defense: Defense) -> World:
+def _world(
+    algorithm: str, batch: int, clients: int, kind: str, strangers: torch.Tensor, defense: Defense, steps: int
+) -> World:
     faces, people = synthetic_faces(PEOPLE * clients, PHOTOS, SIZE, seed=1)
     parties = [
         Party(k, faces[mine], people[mine], tuple(range(k * PEOPLE, (k + 1) * PEOPLE)))
@@ -73,7 +76,7 @@ def _world(algorithm: str, batch: int, clients: int, kind: str, strangers: torch
     photos = torch.stack([p.photos[i] for p, i in zip(parties, first, strict=True)])
     labels = torch.stack([p.labels[i] for p, i in zip(parties, first, strict=True)])
     state = federation.initial_state()
-    transcript, truth = federation.play_step(state, 0, photos, labels)
+    transcript, truth = federation.play_step(state, 0, photos, labels, steps=steps)
     if kind == "round":
         transcript = federation.play(state).transcript
     gallery = Gallery(faces.float() / 255, people)

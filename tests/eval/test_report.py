@@ -217,6 +217,20 @@ def test_cells_that_would_be_named_alike_get_what_tells_them_apart() -> None:
     ]
 
 
+def test_local_steps_are_rows_of_their_own_and_single_steps_lead() -> None:
+    changes = {"metrics": {"psnr_gain": value(9.0)}, "targets": 8}
+    names = ("batch_size=1,local_steps=5", "batch_size=4,local_steps=5")
+    whole = {**inversion(2.0), "variants": dict.fromkeys(names, changes)}
+    alone = {**inversion(9.0), **changes, "local_steps": 5}  # the same result as the summary in its own folder has it
+    result = run(attacks=[whole, alone])
+    sizes = [(e["batch_size"], e.get("local_steps")) for e in result.entries]
+    assert sizes == [(1, None), (1, 5), (4, 5)]
+    lead = result.leading("gradient-inversion", "server")
+    assert lead.get("local_steps") is None
+    rows = [r for r in table([result]) if r["attack"] == "gradient-inversion"]
+    assert {(r["batch_size"], r["local_steps"]) for r in rows} == set(sizes)
+
+
 def test_batch_sizes_are_rows_of_their_own_and_the_smallest_leads() -> None:
     whole = {**inversion(2.0), "variants": {"batch_size=4": {"metrics": {"psnr_gain": value(9.0)}, "targets": 8}}}
     result = run(attacks=[whole, inversion(2.0)])  # the same result twice, once with its variants

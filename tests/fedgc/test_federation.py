@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from defenses.dp_sgd import DPSGD
+from defenses.none import NoDefense
+from fedgc import heads
 from fedgc.algorithms import Push
 from fedgc.correction import gradient
 from fedgc.errors import WorkFailedError
@@ -128,6 +130,45 @@ def test_a_recorded_step_is_minus_the_learning_rate_times_the_gradient(
             for name, p in model.named_parameters()
         }
         close(transcript.updates[k].tensors, expected)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_a_recorded_update_of_several_steps_is_what_the_optimiser_makes_of_them(
+    federation, parties, clip: float | None
+) -> None:
+    """The same photos at every step, with momentum, weight decay and clipping as in training."""
+    fed = federation("fedgc", weight_decay=0.02, momentum=0.9, augment=True, clip_norm=clip)
+    state = fed.initial_state()
+    photos, labels = victims(parties, 2, 6, seed=0)[0]
+    transcript, truth = fed.play_step(state, 0, photos, labels, steps=3)
+    assert (transcript.constants.steps, transcript.constants.momentum, transcript.constants.augmented) == (
+        3,
+        0.9,
+        False,
+    )
+    party, lr = parties[0], fed.schedule.lr_at(1)
+    model = build_model(fed.spec, len(party.classes))
+    model.load_state_dict({**state.backbone, HEAD: state.rows[list(party.classes)]})
+    velocity = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for _ in range(3):
+        model.zero_grad()
+        heads.loss(model(truth.images[0]), labels[0] - party.classes[0], fed.spec).backward()
+        length = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+        factor = 1.0 if clip is None else min(1.0, clip / float(length))
+        for name, p in model.named_parameters():
+            velocity[name] = 0.9 * velocity[name] + factor * p.grad + 0.02 * p.detach()
+            p.data -= lr * (2.0 if name == HEAD else 1.0) * velocity[name]
+    before = {**state.backbone, HEAD: state.rows[list(party.classes)]}
+    close(transcript.updates[0].tensors, {n: p.detach() - before[n] for n, p in model.named_parameters()})
+
+
+def test_a_defense_plans_for_the_steps_that_are_taken(federation, parties, monkeypatch) -> None:
+    plans = []
+    taken = NoDefense.local_training
+    monkeypatch.setattr(NoDefense, "local_training", lambda self, *a: (plans.append(a[3]), taken(self, *a))[1])
+    fed = federation("fedgc")
+    fed.play_step(fed.initial_state(), 0, *victims(parties, 2, 6, seed=0)[0], steps=4)
+    assert {(p.images, p.batch_size, p.steps) for p in plans} == {(2, 2, 4)}
 
 
 def by_hand(cosines: Tensor, label: int, margin: str) -> Tensor:

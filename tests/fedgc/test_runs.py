@@ -17,7 +17,7 @@ from defenses.dp_sgd import DPSGD
 from fedgc.errors import RunError, UsageError, WorkFailedError
 from fedgc.files import read_tensors, write_bytes, write_json, write_tensors
 from fedgc.runs import RunDirectory, require_new
-from fedgc.transcripts import pack_transcript, transcript_name
+from fedgc.transcripts import pack_transcript, round_of, size_of, step_of, transcript_name
 from fedgc.types import Charge, ModelSpec, State, Truth
 from fedgc.victims import victims
 
@@ -150,9 +150,18 @@ def test_a_released_checkpoint_holds_the_backbone_and_nothing_else(run) -> None:
     assert ModelSpec(**about["spec"]) == SPEC
 
 
-@pytest.mark.parametrize(("arguments", "name"), [((10,), "round-0010"), ((10, 4, 1), "round-0010-step-b4-1")])
-def test_names_of_transcripts(run, arguments: tuple[int, ...], name: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "name", "step", "size"),
+    [
+        ((10,), "round-0010", "", None),
+        ((10, 4, 1), "round-0010-step-b4-1", "b4-1", (4, 1)),
+        ((10, 4, 1, 1), "round-0010-step-b4-1", "b4-1", (4, 1)),
+        ((12345, 16, 10, 5), "round-12345-step-b16-k5-10", "b16-k5-10", (16, 5)),
+    ],
+)
+def test_names_of_transcripts(arguments: tuple[int, ...], name: str, step: str, size: tuple[int, int] | None) -> None:
     assert transcript_name(*arguments) == name
+    assert (round_of(name), step_of(name), size_of(name)) == (arguments[0], step, size)
 
 
 # -- secrets
