@@ -123,6 +123,7 @@ def part(
     if observation is None:
         observation, _ = observed(run, job, name, None, {})
     assert observation.client_updates is not None
+    keep_graphs()
     alone = replace(observation, client_updates=observation.client_updates[number : number + 1])
     with one_thread():
         found = job.attack(alone, stream(run, job, name, number), tick)
@@ -168,6 +169,12 @@ def _share_out(path: Path, job: Job, missing: list[tuple[str, int]], workers: in
     pool.shutdown()
     for future in waiting:
         future.result()
+
+
+def keep_graphs() -> None:
+    """Compiled graphs outlive a reboot, which the place where torch puts them does not everywhere."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "fedgc-priv" / "graphs"))
 
 
 def _part_of_pool(path: Path, job: Job, name: str, number: int) -> None:

@@ -60,6 +60,31 @@ def test_an_update_of_noise_shows_no_photo(world, prior: str) -> None:
     assert gain(world(), replace(observation, client_updates=noisy), prior=prior) < 0
 
 
+def test_another_persons_update_shows_no_photo_of_this_one(world) -> None:
+    """The control of shuffled victims: what client 1 sent, compared with the photo of client 0."""
+    this = world()
+    observation = this.seen_by("server")
+    swapped = replace(observation, client_updates=observation.client_updates[::-1])
+    assert gain(this, swapped) < 1.0
+
+
+def test_a_wrong_model_shows_no_photo(world) -> None:
+    """The control of a wrong model: the right update, taken for one from other weights."""
+    this = world()
+    observation = this.seen_by("server")
+    other = build_model(this.transcript.constants.spec, 6, seed=99)
+    wrong = tuple(
+        replace(
+            u,
+            before={
+                n: dict(other.named_parameters())[n].detach() if "head" not in n else t for n, t in u.before.items()
+            },
+        )
+        for u in observation.client_updates
+    )
+    assert gain(this, replace(observation, client_updates=wrong)) < 1.0
+
+
 def problems(world, **kind):
     """The three matching problems of one step, each zero (or one, of noise) at the truth."""
     this = world("fedgc", **kind)
