@@ -18,7 +18,7 @@ from attacks.label_inference import infer_labels
 from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, single_steps
 from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
 from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
-from attacks.updates import gradient, illegible, source, targets, unreadable
+from attacks.updates import drifted, gradient, illegible, source, targets, unreadable
 from fedgc.errors import RefusedError
 from fedgc.types import (
     HEAD,
@@ -212,28 +212,30 @@ class GradientInversion(Attack):
         if self._unrolls(constants):
             rows = self._rows(update, constants, gradient(update, constants))
             return [(UnrolledMatching.of(update, constants, rows), rows, update.images)]
-        found = [self.objective(*step) for step in single_steps(update, constants, self.local_update)]
+        known = HEAD in update.delta and HEAD in update.before and drifted(update, constants)
+        rows = self._rows(update, constants, gradient(update, constants)) if known else None
+        found = [self.objective(*step, rows) for step in single_steps(update, constants, self.local_update)]
         like, _, count = found[0]
         return [p for p in found if (p[0].key, p[2]) == (like.key, count)]
 
     def _unrolls(self, constants: LocalConstants) -> bool:
         return self.local_update == "unrolled" and (constants.steps or 1) > 1
 
-    def objective(self, update: ObservedUpdate, constants: LocalConstants) -> Problem:
-        """The matching problem of one step."""
+    def objective(self, update: ObservedUpdate, constants: LocalConstants, rows: Tensor | None = None) -> Problem:
+        """The matching problem of one step. rows: of the head, where they are known and what `recover` says is not to be used."""
         seen = gradient(update, constants)
         noise = _noise(update, constants) if self.noise_aware and self.method == "cascade" else None
         if noise is not None and HEAD in seen:
-            rows = infer_labels(update, constants)
+            rows = infer_labels(update, constants) if rows is None else rows
             return NoisyMatching.of(update.before, seen, rows, constants.spec, *noise), rows, update.images
-        if self.method == "cascade":
+        if self.method == "cascade" and rows is None:
             known = recover(update, constants)
             if known.feature_gradient is not None:
                 pulls = known.feature_gradient
                 return PullMatching.of(update.before, seen, pulls, constants.spec), known.labels, len(pulls)
         if HEAD not in seen:
             raise RefusedError("the photos of this update cannot be told apart, and no class embedding is seen")
-        labels = self._rows(update, constants, seen)
+        labels = self._rows(update, constants, seen) if rows is None else rows
         return HeadMatching.of(update.before, seen, labels, constants.spec, self._method.metric), labels, update.images
 
     def _rows(self, update: ObservedUpdate, constants: LocalConstants, seen: dict[str, Tensor]) -> Tensor | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from attacks.backbone_algebra import recover
-from attacks.updates import source, targets, unreadable
+from attacks.head_algebra import guess_labels, head_rows
+from attacks.updates import drifted, source, targets, unreadable
 from fedgc.types import Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
 
 
@@ -23,8 +24,11 @@ def infer_labels(update: ObservedUpdate, constants: LocalConstants) -> Tensor:
     """Rows of the head behind the photos of one step: int64 (B,), indices into ``update.classes``, ascending.
 
     One photo: the row against the others. It needs three classes: of two, each is as much the opposite of the other.
-    Several: `attacks.backbone_algebra.recover` finds their features first, and what each of them pulls names its row.
+    Several: `attacks.backbone_algebra.recover` finds their features first, and what each of them pulls names its row; of several
+    local steps, whose mean gradient no features explain exactly, the rows' own pulls name them.
     """
+    if drifted(update, constants) and (rows := head_rows(update, constants)) is not None:
+        return guess_labels(rows, update.images)
     labels = recover(update, constants).labels
     assert labels is not None
     return labels

@@ -101,7 +101,8 @@ class HeadMatching:
 
     @property
     def inputs(self) -> Inputs:
-        return self.problem.inputs() if self.labels is None else self.problem.inputs(labels=self.labels)
+        unit = torch.tensor(1 / self.problem.length, device=self.problem.before[HEAD].device)
+        return self.problem.inputs(unit=unit, **({} if self.labels is None else {"labels": self.labels}))
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -110,8 +111,8 @@ class HeadMatching:
 
     def value(self, inputs: Inputs, images: Tensor) -> Tensor:
         tensors, trained = self.problem.parameters(inputs)
-        trial = torch.autograd.grad(self.loss(tensors, inputs, images), trained, create_graph=True)
-        return distance(trial, inputs["observed"], self.metric)
+        loss = self.loss(tensors, inputs, images) * inputs["unit"][0]  # its gradient in the unit of the observed one
+        return distance(torch.autograd.grad(loss, trained, create_graph=True), inputs["observed"], self.metric)
 
     def loss(self, tensors: dict[str, Tensor], inputs: Inputs, images: Tensor) -> Tensor:
         """The client's, at parameters and buffers by name."""

@@ -37,6 +37,11 @@ def gradient(update: ObservedUpdate, constants: LocalConstants) -> dict[str, Ten
     }
 
 
+def drifted(update: ObservedUpdate, constants: LocalConstants) -> bool:
+    """Whether an update is of several photos and steps, whose mean gradient is not that of any one place."""
+    return (constants.steps or 1) > 1 and update.images > 1
+
+
 def weights_of_steps(constants: LocalConstants) -> list[float]:
     """c_k = (1 - m^(K-k)) / (1 - m): how many times lr the gradient of step k, k = 0..K-1, moves the parameters in K steps
     of SGD with momentum m. One where the number of steps is not known."""

@@ -97,6 +97,22 @@ def problems(world, **kind):
     }, this
 
 
+def test_squared_distance_is_zero_at_the_truth_and_one_far_from_any_gradient(world) -> None:
+    """In the unit of the observed gradient: |g - g̃|²/|g̃|², zero at the truth where the client shortened nothing."""
+    this = world("fedgc", batch=2)
+    update, constants = this.seen_by("server").client_updates[0], this.transcript.constants
+    model = build_model(constants.spec, len(update.classes)).eval()
+    load_tensors(model, update.before)
+    labels = this.truth.labels[0]
+    loss = heads.loss(model(this.truth.images[0]), labels, constants.spec)
+    names = [n for n, _ in model.named_parameters()]
+    whole = dict(zip(names, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+    exact = HeadMatching.of(update.before, whole, labels, constants.spec, "l2")
+    assert exact.value(exact.inputs, this.truth.images[0]).item() < 1e-4
+    half = HeadMatching.of(update.before, {n: g / 2 for n, g in whole.items()}, labels, constants.spec, "l2")
+    assert half.value(half.inputs, this.truth.images[0]).item() == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["pull", "head"])
 def test_the_true_photos_match_exactly(world, kind: str) -> None:
     """An objective is zero at the truth: model, mode, normalisation and weight decay are the victim's."""

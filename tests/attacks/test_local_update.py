@@ -209,6 +209,18 @@ def test_labels_of_several_steps_are_read(world, batch: int, steps: int) -> None
     assert found.tolist() == this.truth.labels.flatten().tolist()
 
 
+def test_a_batch_of_several_steps_is_matched_by_its_labels(world) -> None:
+    """Closed forms hold for the batch of one step; of several, the rows are named by their pulls and the head is matched."""
+    update, constants = first(world, batch=2, steps=3)
+    truth = world("fedgc", batch=2, steps=3).truth
+    (objective, rows, count), *others = GradientInversion().problems(update, constants)
+    assert isinstance(objective, HeadMatching)
+    assert (rows.tolist(), count, len(others)) == (truth.labels[0].tolist(), 2, len(PLACES) - 1)
+    pulls = GradientInversion().objective(*single_steps(update, constants, "naive")[0])[0]
+    assert isinstance(pulls, PullMatching)
+    assert value(objective, truth.images[0]) < value(objective, truth.images[0].flip(3))
+
+
 @pytest.mark.parametrize("how", ["naive", "surrogate"])
 def test_without_the_head_several_steps_are_matched_all_the_same(world, how: str) -> None:
     update, constants = world("fedpe", steps=3).seen_by("server").client_updates[0], world(steps=3).transcript.constants
