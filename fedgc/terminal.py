@@ -174,6 +174,10 @@ def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
     if table.row_count:
         console.print(table)
     for entry in entries:
+        for m in entry["metrics"].values():
+            if m.get("note"):
+                say(f"{entry['attack']} from {entry['threat']}: {m['note']}", style="dim")
+    for entry in entries:
         if entry["refused"]:
             console.print(
                 f"{entry['attack']} from {entry['threat']}: refused, {escape(entry['refused'])}",

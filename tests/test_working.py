@@ -86,5 +86,6 @@ def test_an_attack_leaves_no_parts_and_says_where_its_search_fell_short(run: Run
     settings = [f"gradient-inversion.{k}={v}" for k, v in {"iterations": 2, "components": 5, "copies": 1}.items()]
     entry = next(e for e in attack(run.path, ["gradient-inversion"], ["server"], settings=settings))
     assert entry["optimisation_limited"] > 0  # two iterations end above the loss at the truth, which is zero
+    assert "search fell short in" in entry["metrics"]["psnr_gain"]["note"]
     assert not (run.path / entry["folder"] / "parts").exists()
     assert attack(run.path, ["gradient-inversion"], ["server"], settings=settings) == [entry]

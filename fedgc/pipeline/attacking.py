@@ -189,8 +189,11 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size, job.local_steps)
     if len(job.rounds) > 1:
         entry["rounds"] = list(job.rounds)
-    if limited:
+    if limited and "psnr_gain" in scores.metrics:
         entry["optimisation_limited"] = limited
+        scores.metrics["psnr_gain"]["note"] = (
+            f"search fell short in {limited} updates: it ended above its own loss at the true photos, so that more may leak"
+        )
     entry.update(
         targets=len(scores.samples), seconds=round(time.monotonic() - started, 2), metrics=scores.metrics,
         baselines=dict(scores.baselines), samples=scores.samples if job.attack.target == "step" else [],
