@@ -14,11 +14,11 @@ from torch import Tensor
 from attacks.backbone_algebra import recover, separable
 from attacks.fast_step import distance_of
 from attacks.gradient_matching import Optimizer, Schedule, Solution, match, offset
-from attacks.label_inference import infer_labels
+from attacks.label_inference import infer_labels, likely_rows
 from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, single_steps
 from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
 from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
-from attacks.updates import drifted, gradient, illegible, source, targets, unreadable
+from attacks.updates import drifted, gradient, illegible, known_noise, source, targets, unreadable
 from fedgc.errors import RefusedError
 from fedgc.types import (
     HEAD,
@@ -144,7 +144,7 @@ class GradientInversion(Attack):
         labels: list[int] = []
         for number, update in enumerate(updates):
             try:
-                problems = self.problems(update, constants)
+                problems = self.problems(update, constants, faces)
             except RefusedError:  # of several photos nothing could be told apart, and no head is seen
                 found.append(nothing_found(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
@@ -176,7 +176,7 @@ class GradientInversion(Attack):
         """The objective of the update of that number at given images: what a search that fails to find them leaves behind."""
         update, constants = targets(observation)[number], observation.public_constants
         try:
-            problems = self.problems(update, constants)
+            problems = self.problems(update, constants, observation.auxiliary_faces)
         except RefusedError:
             return math.nan
         if self._method.labels == "searched" or problems[0][2] != len(images):
@@ -195,6 +195,10 @@ class GradientInversion(Attack):
         return chosen
 
     @property
+    def _models_noise(self) -> bool:
+        return self.noise_aware and self.method == "cascade"
+
+    @property
     def _faces(self) -> bool:
         return self._method.prior == "faces"
 
@@ -206,14 +210,17 @@ class GradientInversion(Attack):
             self.tolerance, m.group,
         )  # fmt: skip
 
-    def problems(self, update: ObservedUpdate, constants: LocalConstants) -> list[Problem]:
-        """One update's matching problems, whose losses can be compared; of one step there is one. Raises RefusedError where
-        there is none."""
+    def problems(self, update: ObservedUpdate, constants: LocalConstants, faces: Tensor | None = None) -> list[Problem]:
+        """One update's matching problems, whose losses can be compared; of one step there is one. faces: auxiliary ones, by which
+        labels are told where there is noise. Raises RefusedError where there is no problem."""
         if self._unrolls(constants):
             rows = self._rows(update, constants, gradient(update, constants))
             return [(UnrolledMatching.of(update, constants, rows), rows, update.images)]
         known = HEAD in update.delta and HEAD in update.before and drifted(update, constants)
         rows = self._rows(update, constants, gradient(update, constants)) if known else None
+        noise = known_noise(update, constants) if self._models_noise and HEAD in update.delta else None
+        if noise is not None and rows is None and faces is not None:
+            rows = likely_rows(update, constants, faces.mean(0), noise[0])
         found = [self.objective(*step, rows) for step in single_steps(update, constants, self.local_update)]
         like, _, count = found[0]
         return [p for p in found if (p[0].key, p[2]) == (like.key, count)]
@@ -224,7 +231,7 @@ class GradientInversion(Attack):
     def objective(self, update: ObservedUpdate, constants: LocalConstants, rows: Tensor | None = None) -> Problem:
         """The matching problem of one step. rows: of the head, where they are known and what `recover` says is not to be used."""
         seen = gradient(update, constants)
-        noise = _noise(update, constants) if self.noise_aware and self.method == "cascade" else None
+        noise = known_noise(update, constants) if self._models_noise else None
         if noise is not None and HEAD in seen:
             rows = infer_labels(update, constants) if rows is None else rows
             return NoisyMatching.of(update.before, seen, rows, constants.spec, *noise), rows, update.images
@@ -276,14 +283,6 @@ def nothing_found(faces: Tensor | None, shape: Shape) -> Solution:
 def _with_all(best: Solution, solved: list[Solution]) -> Solution:
     """The best of several, with the work of all."""
     return replace(best, iterations=sum(s.iterations for s in solved), failed=sum(s.failed for s in solved))
-
-
-def _noise(update: ObservedUpdate, constants: LocalConstants) -> tuple[float, float] | None:
-    """(C, standard deviation of a coordinate of the mean) as the defense card says, or None where it tells of no noise."""
-    clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
-    if not clip or not sigma:
-        return None
-    return clip, sigma * clip * len(update.clients) ** 0.5 / update.images
 
 
 def _report(progress: Progress, total: int, done: int) -> None:

@@ -16,8 +16,11 @@ from torch import Tensor
 
 from attacks.backbone_algebra import recover
 from attacks.head_algebra import guess_labels, head_rows
-from attacks.updates import drifted, source, targets, unreadable
-from fedgc.types import Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
+from attacks.updates import drifted, gradient, known_noise, source, targets, unreadable
+from fedgc import heads
+from fedgc.local import load_tensors
+from fedgc.models import build_model
+from fedgc.types import HEAD, Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
 
 
 def infer_labels(update: ObservedUpdate, constants: LocalConstants) -> Tensor:
@@ -32,6 +35,31 @@ def infer_labels(update: ObservedUpdate, constants: LocalConstants) -> Tensor:
     labels = recover(update, constants).labels
     assert labels is not None
     return labels
+
+
+def likely_rows(update: ObservedUpdate, constants: LocalConstants, face: Tensor, clip: float) -> Tensor:
+    """The same where noise hides directions: the rows under which a typical face, float32 (3, H, W), makes the update likeliest.
+
+    Gradients of faces under one label are alike, so that with g_y that of ``face`` under row y, clipped to ``clip`` as the
+    defense clips and over B, log-likelihoods are <g̃, g_y> - |g_y|²/2 up to a common factor: all coordinates average the noise,
+    not those of one row. A class is named once, however many photos it has.
+    """
+    seen = gradient(update, constants)
+    model = build_model(constants.spec, len(update.before[HEAD])).to(update.before[HEAD].device).eval()
+    load_tensors(model, update.before)
+    named = [(n, p) for n, p in model.named_parameters() if n in seen]
+    cosines = model(face[None].to(update.before[HEAD]))
+    scores = []
+    for row in range(cosines.shape[1]):
+        loss = heads.loss(cosines, torch.tensor([row], device=cosines.device), constants.spec)
+        own = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True)
+        length = torch.stack([g.square().sum() for g in own]).sum().sqrt()
+        factor = (clip / length.clamp_min(1e-12)).clamp(max=1) / update.images
+        along = torch.stack([(g * seen[n]).sum() for g, (n, _) in zip(own, named, strict=True)]).sum()
+        scores.append(factor * along - (factor * length).square() / 2)
+    count = min(update.images, len(scores))
+    rows = torch.stack(scores).topk(count).indices
+    return torch.cat([rows, rows[:1].repeat(update.images - count)]).sort().values
 
 
 class LabelInference(Attack):
@@ -53,7 +81,11 @@ class LabelInference(Attack):
         sources: list[int] = []
         updates = targets(observation)
         for done, update in enumerate(updates, 1):
-            rows = infer_labels(update, observation.public_constants)
+            noise, faces = known_noise(update, observation.public_constants), observation.auxiliary_faces
+            if noise is not None and faces is not None:
+                rows = likely_rows(update, observation.public_constants, faces.mean(0), noise[0])
+            else:
+                rows = infer_labels(update, observation.public_constants)
             labels += [update.classes[row] for row in rows.tolist()]
             sources += [source(update)] * len(rows)
             progress(done, len(updates))

@@ -76,3 +76,12 @@ def unreadable(observation: Observation) -> str | None:
                 "it depends on the photos too: that this attack cannot start does not say that nothing leaks"
             )
     return illegible(observation)
+
+
+def known_noise(update: ObservedUpdate, constants: LocalConstants) -> tuple[float, float] | None:
+    """(C, standard deviation of a coordinate of the mean gradient) as the defense card says, or None where it tells of no noise.
+    Every client of a mean of several added noise of its own."""
+    clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
+    if not clip or not sigma:
+        return None
+    return clip, sigma * clip * len(update.clients) ** 0.5 / update.images

@@ -210,7 +210,8 @@ def test_the_noise_of_a_card_makes_it_a_maximum_a_posteriori(world) -> None:
     card = {"name": "dp-sgd", "max_grad_norm": 1.0, "noise_multiplier": 0.1}
     noisy = replace(observation, public_constants=replace(observation.public_constants, defense=card))
     update = noisy.client_updates[0]
-    aware = GradientInversion().objective(update, noisy.public_constants)[0]
+    aware = GradientInversion().problems(update, noisy.public_constants, noisy.auxiliary_faces)[0][0]
+    assert aware.labels.tolist() == [0]
     assert isinstance(aware, NoisyMatching)
     assert aware.deviation == pytest.approx(0.1)
     unaware = GradientInversion(noise_aware=False).objective(update, noisy.public_constants)[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,3 +104,20 @@ def test_an_aggregate_of_several_has_no_single_source(world) -> None:
 def test_no_head_rows_is_refused_without_calling_it_safe(world, algorithm: str, threat: str) -> None:
     with pytest.raises(RefusedError, match=r"head\.weight.*does not say that nothing leaks"):
         LabelInference()(world(algorithm).seen_by(threat), generator(0))
+
+
+def test_labels_are_told_under_noise_by_a_typical_face(world) -> None:
+    """Noise that hides the direction of every row leaves the label in the sum over all coordinates."""
+    this = world("fedgc")
+    observation = this.seen_by("server")
+    constants, draw = observation.public_constants, torch.Generator().manual_seed(0)
+    card = {"name": "dp-sgd", "max_grad_norm": 1.0, "noise_multiplier": 0.05}
+    updates = []
+    for update in observation.client_updates:
+        g = gradient(update, constants)
+        norm = torch.stack([x.square().sum() for x in g.values()]).sum().sqrt().clamp(min=1)
+        noisy = {n: x / norm + 0.05 * torch.randn(x.shape, generator=draw) for n, x in g.items()}
+        delta = {n: -constants.lr_of(n) * (x + constants.weight_decay * update.before[n]) for n, x in noisy.items()}
+        updates.append(replace(update, delta=delta))
+    hidden = replace(observation, client_updates=tuple(updates), public_constants=replace(constants, defense=card))
+    assert LabelInference()(hidden, generator(0)).labels.tolist() == this.truth.labels.flatten().tolist()
