@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from attacks.objectives import Inputs, Objective, strided
 
 # called from C++ rather than from Python, which costs as much as the smaller kernels; products and sums contracted
-OPTIONS: dict[str, str | int | bool] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
+OPTIONS: dict[str, Any] = {"cpp_wrapper": True, "cpp.enable_floating_point_contract_flag": "fast"}
 Step = Callable[[Inputs, Tensor], tuple[Tensor, Tensor]]
 _graphs: dict[tuple[object, ...], Step] = {}
 
