@@ -23,7 +23,9 @@ from fedgc.pipeline.reporting import report
 from fedgc.pipeline.watch import Watch, silent
 
 POLL_SECONDS = 0.5
-ATTACK_UNITS = 30  # how many rounds the attacks of a cell stand for in progress: some thirty answers, each about a round long
+ATTACK_UNITS = (
+    30  # how many rounds the attacks of a cell stand for in progress: some thirty answers, each about a round long
+)
 
 
 @dataclass(frozen=True)
