@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from attacks.subsets import Floats, Value, evidence, nonnegative, projected, summed
-from attacks.updates import gradient, source, targets
+from attacks.updates import Noise, gradient, source, targets
 from fedgc import heads
 from fedgc.local import load_tensors
 from fedgc.models import FaceModel, build_model
@@ -97,22 +97,6 @@ class CandidateMatch(Attack):
             scores=torch.tensor(np.stack([scores for scores, _ in found]), dtype=torch.float32),
             loss=torch.tensor([-best for _, best in found], dtype=torch.float32),
         )
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What the defense card says of a step: clipping norm of a photo, and standard deviation of a coordinate of g̃."""
-
-    clip: float
-    deviation: float
-
-    @classmethod
-    def of(cls, update: ObservedUpdate, constants: LocalConstants) -> Noise | None:
-        """Every client of a mean of several added noise of its own."""
-        clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
-        if not clip or not sigma:
-            return None
-        return cls(clip, sigma * clip * len(update.clients) ** 0.5 / update.images)
 
 
 def set_value(

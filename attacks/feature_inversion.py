@@ -16,8 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from attacks.backbone_algebra import recover, separable
-from attacks.gradient_inversion import nothing_found
-from attacks.gradient_matching import Schedule, Solution, match, offset
+from attacks.gradient_matching import Schedule, Solution, counted, match, nothing_found, offset
 from attacks.priors import Eigenfaces, Pixels, Prior, auxiliary_basis, mean_face
 from attacks.updates import illegible, source, targets, unreadable
 from fedgc.models import build_backbone
@@ -71,7 +70,7 @@ class FeatureInversion(Attack):
             objectives = self.objectives(update, constants)
             sources += [source(update)] * update.images
             for distance in objectives:
-                tick = offset(partial(_report, progress, total), len(found) * self.iterations * self.restarts)
+                tick = offset(counted(progress, total), len(found) * self.iterations * self.restarts)
                 found.append(match(distance, prior, shape_of(constants), self._schedule, generator, tick))
             lost = update.images - len(objectives)
             found += [nothing_found(observation.auxiliary_faces, shape_of(constants))] * lost
@@ -133,7 +132,3 @@ def layer_inputs(backbone: nn.Module, images: Tensor) -> Tensor:
         for hook in hooks:
             hook.remove()
     return kept[-1]
-
-
-def _report(progress: Progress, total: int, done: int) -> None:
-    progress(done, total)

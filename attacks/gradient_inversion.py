@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from attacks.backbone_algebra import recover, separable
 from attacks.fast_step import distance_of
-from attacks.gradient_matching import Optimizer, Schedule, Solution, match, offset
+from attacks.gradient_matching import Optimizer, Schedule, Solution, counted, match, nothing_found, offset
 from attacks.label_inference import infer_labels, likely_rows
 from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, single_steps
 from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
 from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
-from attacks.updates import drifted, gradient, illegible, known_noise, source, targets, unreadable
+from attacks.updates import Noise, drifted, gradient, illegible, source, targets, unreadable
 from fedgc.errors import RefusedError
 from fedgc.types import (
     HEAD,
@@ -150,7 +149,7 @@ class GradientInversion(Attack):
                 sources += [source(update)] * update.images
                 continue
             total = each * len(problems)
-            tick = offset(partial(_report, progress, len(updates) * total), number * total)
+            tick = offset(counted(progress, len(updates) * total), number * total)
             solved = []
             for tried, (objective, _, count) in enumerate(problems):
                 shape = (count, 3, side, side)
@@ -218,9 +217,9 @@ class GradientInversion(Attack):
             return [(UnrolledMatching.of(update, constants, rows), rows, update.images)]
         known = HEAD in update.delta and HEAD in update.before and drifted(update, constants)
         rows = self._rows(update, constants, gradient(update, constants)) if known else None
-        noise = known_noise(update, constants) if self._models_noise and HEAD in update.delta else None
+        noise = Noise.of(update, constants) if self._models_noise and HEAD in update.delta else None
         if noise is not None and rows is None and faces is not None:
-            rows = likely_rows(update, constants, faces.mean(0), noise[0])
+            rows = likely_rows(update, constants, faces.mean(0), noise.clip)
         found = [self.objective(*step, rows) for step in single_steps(update, constants, self.local_update)]
         like, _, count = found[0]
         return [p for p in found if (p[0].key, p[2]) == (like.key, count)]
@@ -231,7 +230,7 @@ class GradientInversion(Attack):
     def objective(self, update: ObservedUpdate, constants: LocalConstants, rows: Tensor | None = None) -> Problem:
         """The matching problem of one step. rows: of the head, where they are known and what `recover` says is not to be used."""
         seen = gradient(update, constants)
-        noise = known_noise(update, constants) if self._models_noise else None
+        noise = Noise.of(update, constants) if self._models_noise else None
         if noise is not None and HEAD in seen:
             rows = infer_labels(update, constants) if rows is None else rows
             return NoisyMatching.of(update.before, seen, rows, constants.spec, *noise), rows, update.images
@@ -274,16 +273,6 @@ class GradientInversion(Attack):
         return self.gaussian
 
 
-def nothing_found(faces: Tensor | None, shape: Shape) -> Solution:
-    """The answer of an attack that found nothing: the mean face."""
-    images = mean_face(faces, shape).expand(shape).contiguous()
-    return Solution(images, math.inf, images[None], 0, 1)
-
-
 def _with_all(best: Solution, solved: list[Solution]) -> Solution:
     """The best of several, with the work of all."""
     return replace(best, iterations=sum(s.iterations for s in solved), failed=sum(s.failed for s in solved))
-
-
-def _report(progress: Progress, total: int, done: int) -> None:
-    progress(done, total)

@@ -12,7 +12,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from attacks.priors import Prior, Shape
+from attacks.priors import Prior, Shape, mean_face
+from fedgc.types import Progress
 
 Optimizer = Literal["adam", "signed-adam", "lbfgs"]
 
@@ -102,6 +103,17 @@ def match(
 def offset(tick: Callable[[int], None], before: int) -> Callable[[int], None]:
     """Counts on from ``before``."""
     return lambda done: tick(before + done)
+
+
+def nothing_found(faces: Tensor | None, shape: Shape) -> Solution:
+    """The answer of an attack that found nothing: the mean face."""
+    images = mean_face(faces, shape).expand(shape).contiguous()
+    return Solution(images, math.inf, images[None], 0, 1)
+
+
+def counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """Reports a count as so many of ``total``."""
+    return lambda done: progress(done, total)
 
 
 def _adam(

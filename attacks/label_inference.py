@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attacks.backbone_algebra import recover
 from attacks.head_algebra import guess_labels, head_rows
-from attacks.updates import drifted, gradient, known_noise, source, targets, unreadable
+from attacks.updates import Noise, drifted, gradient, source, targets, unreadable
 from fedgc import heads
 from fedgc.local import load_tensors
 from fedgc.models import build_model
@@ -81,9 +81,9 @@ class LabelInference(Attack):
         sources: list[int] = []
         updates = targets(observation)
         for done, update in enumerate(updates, 1):
-            noise, faces = known_noise(update, observation.public_constants), observation.auxiliary_faces
+            noise, faces = Noise.of(update, observation.public_constants), observation.auxiliary_faces
             if noise is not None and faces is not None:
-                rows = likely_rows(update, observation.public_constants, faces.mean(0), noise[0])
+                rows = likely_rows(update, observation.public_constants, faces.mean(0), noise.clip)
             else:
                 rows = infer_labels(update, observation.public_constants)
             labels += [update.classes[row] for row in rows.tolist()]

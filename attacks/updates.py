@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from fedgc.types import HEAD, LocalConstants, Observation, ObservedUpdate
@@ -78,10 +80,16 @@ def unreadable(observation: Observation) -> str | None:
     return illegible(observation)
 
 
-def known_noise(update: ObservedUpdate, constants: LocalConstants) -> tuple[float, float] | None:
-    """(C, standard deviation of a coordinate of the mean gradient) as the defense card says, or None where it tells of no noise.
-    Every client of a mean of several added noise of its own."""
-    clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
-    if not clip or not sigma:
-        return None
-    return clip, sigma * clip * len(update.clients) ** 0.5 / update.images
+class Noise(NamedTuple):
+    """What the defense card says of a step: clipping norm of a photo, and standard deviation of a coordinate of the mean."""
+
+    clip: float
+    deviation: float
+
+    @classmethod
+    def of(cls, update: ObservedUpdate, constants: LocalConstants) -> Noise | None:
+        """None where the card tells of no noise. Every client of a mean of several added noise of its own."""
+        clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
+        if not clip or not sigma:
+            return None
+        return cls(clip, sigma * clip * len(update.clients) ** 0.5 / update.images)

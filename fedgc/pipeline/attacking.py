@@ -7,6 +7,7 @@ import io
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     if (folder / "summary.json").exists():
         return dict(read_json(folder / "summary.json"))
     started = time.monotonic()
+    owned = Knowledge(*run.load_knowledge())
     hidden = hide(run, job.attack, job.transcripts, job.seat)
     seen: dict[str, Observation] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
@@ -171,7 +173,8 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         allowed = left[round_of(name)]
         if allowed is not None and allowed <= 0:
             continue
-        observation, photos = observed(run, job, name, allowed, hidden)
+        knowledge = replace(owned, candidates=hidden[name].photos) if name in hidden else owned
+        observation, photos = observed(run, job, name, allowed, knowledge)
         refusal = no_message(observation) or job.attack.refusal(observation)
         granted = observation.granted
         if refusal:

@@ -7,11 +7,10 @@ recorded and does not stop the others.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from fedgc.config import Config, environment_settings, parse_value, put, read_toml, validated
 from fedgc.errors import FedgcError, RunError, UsageError, WorkFailedError
 from fedgc.files import make_folder, read_json, write_json
+from fedgc.pipeline.processes import processes
 from fedgc.pipeline.reporting import report
 from fedgc.pipeline.watch import Watch, silent
 
@@ -107,20 +107,13 @@ def run_sweep(grid: Sequence[Cell], out: Path, *, resume: bool = False, watch: W
 
 def _play(grid: Sequence[Cell], out: Path, watch: Watch) -> list[dict[str, str]]:
     workers = max(1, min(os.cpu_count() or 1, len(grid)))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
     total = sum(cell.config().federation.rounds + ATTACK_UNITS for cell in grid)
-    try:
+    with processes(workers, _one_thread) as pool:
         waiting = {pool.submit(play_cell, cell, out / cell.name): cell for cell in grid}
         while not all(future.done() for future in waiting):
             time.sleep(POLL_SECONDS)
             finished = sum(future.done() for future in waiting)
             watch("training and attacking", _progress(waiting, out), total, f"{finished} of {len(grid)} runs finished")
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
     watch("training and attacking", total, total)
     errors = [(waiting[future].name, future.exception()) for future in waiting]
     return [{"cell": name, "error": f"{error}"} for name, error in errors if error is not None]

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ import torch
 from attacks.gradient_inversion import GradientInversion
 from fedgc.errors import FedgcError, RunError
 from fedgc.files import PRIVATE, make_folder, read_tensors, write_tensors
-from fedgc.pipeline.candidates import Hidden
+from fedgc.pipeline.processes import processes
 from fedgc.rng import generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge
@@ -59,12 +58,9 @@ class Job:
 
 
 def observed(
-    run: RunDirectory, job: Job, name: str, photos: int | None, hidden: Mapping[str, Hidden]
+    run: RunDirectory, job: Job, name: str, photos: int | None, knowledge: Knowledge
 ) -> tuple[Observation, int]:
     """What the attacker sees of one transcript, with no more updates than hold so many photos, and how many those hold."""
-    auxiliary, gallery = run.load_knowledge()
-    owned = Knowledge(auxiliary, gallery)
-    knowledge = replace(owned, candidates=hidden[name].photos) if name in hidden else owned
     return limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), photos)
 
 
@@ -121,7 +117,7 @@ def part(
     """Attack the update of that number alone, with one thread and random numbers of its own, and keep what is found."""
     run = RunDirectory(path)
     if observation is None:
-        observation, _ = observed(run, job, name, None, {})
+        observation, _ = observed(run, job, name, None, Knowledge(*run.load_knowledge()))
     assert observation.client_updates is not None
     keep_graphs()
     alone = replace(observation, client_updates=observation.client_updates[number : number + 1])
@@ -148,8 +144,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _share_out(path: Path, job: Job, missing: list[tuple[str, int]], workers: int, count: int, tick: Tick) -> None:
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
+    with processes(workers) as pool:
         waiting = [pool.submit(_part_of_pool, path, job, name, i) for name, i in missing]
         seen = -1
         while not all(future.done() for future in waiting):
@@ -161,12 +156,6 @@ def _share_out(path: Path, job: Job, missing: list[tuple[str, int]], workers: in
             failed = next((e for future in waiting if future.done() and (e := future.exception())), None)
             if failed is not None:
                 raise failed
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
     for future in waiting:
         future.result()
 
