@@ -36,6 +36,7 @@ from fedgc.types import Gallery, Transcript, Truth
 
 SCHEMA = 1
 SHARED_FOLDERS = ("checkpoints", "transcript", "attacks")
+FACES = ("photos", "people")
 PRIVATE_FOLDERS = ("state", "private", "attacker")
 
 
@@ -145,6 +146,28 @@ class RunDirectory(Rounds):
         with holding(path):
             tensors, _ = read_tensors(path)
             return tensors["auxiliary"].float() / 255, Gallery(tensors["gallery"].float() / 255, tensors["people"])
+
+    def save_bystanders(self, calibration: tuple[Tensor, Tensor], strangers: tuple[Tensor, Tensor]) -> None:
+        """uint8 photos and numbers of people who are not trained on, for scoring alone: those whose comparisons set a judge's
+        thresholds, and those who stand beside the trained ones where membership is guessed."""
+        named = {"calibration": calibration, "strangers": strangers}
+        tensors = {f"{who}/{what}": t for who, pair in named.items() for what, t in zip(FACES, pair, strict=True)}
+        write_tensors(self.path / "private" / "bystanders.safetensors", tensors, None, PRIVATE)
+
+    def load_bystanders(self) -> tuple[Gallery, Gallery]:
+        """(calibration people, strangers)."""
+        path = self.path / "private" / "bystanders.safetensors"
+        if not path.exists():
+            raise RunError(
+                f"{path} is missing: {self.path} was written by an earlier version; train again to judge people"
+            )
+        with holding(path):
+            tensors, _ = read_tensors(path)
+            calibration, strangers = (
+                Gallery(tensors[f"{who}/photos"].float() / 255, tensors[f"{who}/people"])
+                for who in ("calibration", "strangers")
+            )
+            return calibration, strangers
 
     def save_identities(self, value: Mapping[str, Any]) -> None:
         """The private names: who class c is, and which person of the gallery."""

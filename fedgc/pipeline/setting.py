@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -133,3 +134,9 @@ def gallery(setting: Setting) -> tuple[Tensor, Tensor, dict[int, int]]:
     index = torch.cat([photos[p] for p in sorted(present, key=number.__getitem__)])
     people = torch.tensor([number[int(p)] for p in faces.labels[index]])
     return faces.images[index], people, {c: number[p] for c, p in enumerate(setting.people) if p in number}
+
+
+def photos_of(setting: Setting, people: Sequence[int], most: int) -> tuple[Tensor, Tensor]:
+    """The first photos of each of these people, uint8 (N, 3, S, S), and a number for each person, int64 (N,) from 0 in order."""
+    index = [setting.faces.of([p])[:most] for p in people]
+    return setting.faces.images[torch.cat(index)], torch.cat([torch.full((len(i),), n) for n, i in enumerate(index)])

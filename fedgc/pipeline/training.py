@@ -20,7 +20,7 @@ from fedgc.federation import Federation
 from fedgc.pipeline.evaluation import document, embedding, untrained_state, utility
 from fedgc.pipeline.initial import Initial, keep_initial, kept_initial, read_initial, require_other_people
 from fedgc.pipeline.memory import keep_freed_memory
-from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, prepare
+from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, photos_of, prepare
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory, provenance, require_new
 from fedgc.transcripts import transcript_name
@@ -31,6 +31,7 @@ NAMED_SKIPS = 1000  # files that could not be used, named in run.json
 NO_PUBLIC = {"auc": {"value": None, "low": None, "high": None, "n": 0, "why": "no public pre-training"}}
 QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown while training
 QUICK_TIMES = 48  # at most so often in a run: many short rounds are not held up by it
+CALIBRATION_PHOTOS = 8  # of each person who sets the thresholds of a judge
 
 
 def train(
@@ -112,6 +113,10 @@ def _start(setting: Setting, parties: Federation, run: RunDirectory, initial: In
     run.create(config.to_toml())
     photos, people, of_class = gallery(setting)
     run.save_knowledge(auxiliary_photos(setting), photos, people)
+    run.save_bystanders(
+        photos_of(setting, setting.splits.calibration, CALIBRATION_PHOTOS),
+        photos_of(setting, setting.splits.test, config.data.held_out),
+    )
     names = {c: faces.names[p] for c, p in enumerate(setting.people)}
     run.save_identities({"class_name": names, "class_gallery": of_class, "splits": setting.splits.to_json()})
     run.noise_key(getattr(config.defense, "noise_seed", None))
