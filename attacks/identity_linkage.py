@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedgc.models import build_backbone, embed
-from fedgc.types import BACKBONE, Attack, Gallery, Observation, Progress, Reconstruction, Tensors
+from fedgc.models import embed, load_backbone
+from fedgc.types import Attack, Gallery, Observation, Progress, Reconstruction
 
 
 def person_embeddings(backbone: torch.nn.Module, gallery: Gallery) -> Tensor:
@@ -18,6 +18,14 @@ def person_embeddings(backbone: torch.nn.Module, gallery: Gallery) -> Tensor:
     features = embed(backbone, (gallery.images * 255).round().clamp(0, 255).to(torch.uint8))
     sums = torch.zeros(gallery.size, features.shape[1]).index_add_(0, gallery.people.cpu(), features)
     return F.normalize(sums, dim=1)
+
+
+def person_scores(observation: Observation, embeddings: Tensor) -> Tensor:
+    """(n, G) cosine of embeddings (n, d) with the people of the gallery, whose features the released model gives."""
+    model, gallery = observation.global_model, observation.gallery
+    assert model is not None and gallery is not None  # noqa: PT018
+    backbone = load_backbone(observation.public_constants.spec, model)
+    return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
 
 
 class IdentityLinkage(Attack):
@@ -37,16 +45,8 @@ class IdentityLinkage(Attack):
 
     def run(self, observation: Observation, generator: torch.Generator, progress: Progress) -> Reconstruction:
         """scores: float32 (n, G), row i for the class ``sources[i]``."""
-        model, rows, gallery = observation.global_model, observation.class_embeddings, observation.gallery
-        assert model is not None and rows is not None and gallery is not None  # noqa: PT018
-        backbone = build_backbone(observation.public_constants.spec, seed=0)
-        backbone.load_state_dict(_unprefixed(model), strict=False)
-        people = person_embeddings(backbone, gallery)
-        scores = F.normalize(rows.weight.detach().cpu().float(), dim=1) @ people.T
+        rows = observation.class_embeddings
+        assert rows is not None
+        scores = person_scores(observation, rows.weight.detach().cpu().float())
         progress(1, 1)
         return Reconstruction(tuple(rows.classes), scores=scores)
-
-
-def _unprefixed(tensors: Tensors) -> dict[str, Tensor]:
-    """Names as the backbone itself knows them; its integer counters (never sent) keep their initial value."""
-    return {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items()}

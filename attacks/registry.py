@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from attacks.candidates import CandidateMatch
+from attacks.correction_probe import CorrectionProbe
 from attacks.embedding_recovery import EmbeddingRecovery
 from attacks.feature_inversion import FeatureInversion
 from attacks.gradient_inversion import GradientInversion
@@ -17,10 +18,24 @@ from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
     cls.model_fields["name"].default: cls
-    for cls in (LabelInference, EmbeddingRecovery, FeatureInversion, GradientInversion, IdentityLinkage, CandidateMatch)
+    for cls in (
+        LabelInference,
+        EmbeddingRecovery,
+        FeatureInversion,
+        GradientInversion,
+        IdentityLinkage,
+        CorrectionProbe,
+        CandidateMatch,
+    )
 }
 
 AnyAttack = Annotated[
-    LabelInference | EmbeddingRecovery | FeatureInversion | GradientInversion | IdentityLinkage | CandidateMatch,
+    LabelInference
+    | EmbeddingRecovery
+    | FeatureInversion
+    | GradientInversion
+    | IdentityLinkage
+    | CorrectionProbe
+    | CandidateMatch,
     Field(discriminator="name"),
 ]

@@ -20,9 +20,11 @@ from defenses.registry import AnyDefense
 from fedgc.algorithms import Push
 from fedgc.errors import UsageError
 from fedgc.federation import Schedule
+from fedgc.probing import Probing
 from fedgc.types import ModelSpec, Norm
 
 ENVIRONMENT = "FEDGC_PRIV_"
+PROBER = 0  # the client that probes; curious clients sit there too
 
 
 class Section(BaseModel):
@@ -118,6 +120,17 @@ class Correction(Section):
         return Push(**{**values, "weight": None if self.weight == "auto" else self.weight})
 
 
+class ProbingSection(Section):
+    """A client (the first) that reads strangers' class embeddings out of the correction of rows that it chooses; see
+    `fedgc.probing`. rounds: in how many of the last rounds it does (0: nobody departs from the protocol)."""
+
+    rounds: int = Field(default=0, ge=0)
+    start: Literal["own", "random"] = "own"
+    restart: int = Field(default=0, ge=0)
+    hold: float = Field(default=2.0, gt=0, le=100)
+    length: float = Field(default=1.0, gt=0, le=20)
+
+
 class Record(Section):
     """What is kept for attacks: full rounds, and steps on `victims` photos at each of `batch_sizes`.
 
@@ -157,6 +170,7 @@ class Config(Section):
     federation: FederationSection = FederationSection()
     correction: Correction = Correction()
     defense: AnyDefense = Field(default_factory=lambda: get_args(get_args(AnyDefense)[0])[0]())
+    probing: ProbingSection = ProbingSection()
     record: Record = Record()
 
     def spec(self, classes: int = 0) -> ModelSpec:
@@ -175,6 +189,13 @@ class Config(Section):
             participation=f.participation, push=self.correction.push(), augment=self.data.augment, server_lr=f.server_lr,
             server_momentum=f.server_momentum, precision=f.precision,
         )  # fmt: skip
+
+    def plan_of_probing(self) -> Probing | None:
+        """What the first client does in place of the protocol, if anything."""
+        p, rounds = self.probing, self.federation.rounds
+        if p.rounds == 0:
+            return None
+        return Probing(PROBER, max(1, rounds - p.rounds + 1), p.hold, p.start, p.restart, p.length)
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))

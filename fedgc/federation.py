@@ -20,6 +20,7 @@ from fedgc.errors import UsageError
 from fedgc.heads import CosineHead, initial_rows
 from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
 from fedgc.models import FaceModel, build_backbone, state_tensors
+from fedgc.probing import Probes, Probing, next_probes, require_answers
 from fedgc.rng import generator, on_device
 from fedgc.schedule import Party, Schedule
 from fedgc.types import (
@@ -57,12 +58,13 @@ class Collected:
     charges: tuple[Charge, ...] = ()
     losses: list[float] = field(default_factory=list)
     images: int = 0
+    probes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Federation:
     """Parties, scheme and defense, with one resident model that every client trains in turn. initial: `backbone.*` tensors to
-    start from in place of random ones."""
+    start from in place of random ones. probing: what one client does in place of the protocol, if any does."""
 
     algorithm: Algorithm
     spec: ModelSpec
@@ -73,12 +75,15 @@ class Federation:
     noise_key: int
     device: torch.device
     initial: Tensors | None = None
+    probing: Probing | None = None
 
     def __post_init__(self) -> None:
         self.backbone = self._fresh().to(
             memory_format=torch.channels_last
         )  # the faster layout for convolutions on a CPU
         self.owners = tuple(p.client for p in self.parties for _ in p.classes)
+        if self.probing is not None:
+            require_answers(self.algorithm, len(self.parties))
         module = FaceModel(self.backbone, CosineHead(1, self.spec.embedding_size))
         self.defense.check_module(module)
         if self.defense.per_photo and self.schedule.precision != "float32":
@@ -172,9 +177,12 @@ class Federation:
     ) -> RoundResult:
         """Clients train, each update is added up as it arrives, and the server makes the next state of the sum."""
         examples = {p.client: len(p.photos) for p in parties}
-        got = Collected(state.rows.clone())
+        got = Collected(state.rows.clone(), probes=state.probes)
+        probes = self._probes(state, where)
         for party in parties:
-            self._collect(got, party, self._train(party, state, constants, where), examples, where, keep)
+            mine = probes if self.probing and party.client == self.probing.client else None
+            result = self._train(party, state, constants, where, mine)
+            self._collect(got, party, result, examples, where, keep, mine)
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got.updates, returned, examples, carried)
         return RoundResult(new, transcript, sum(got.losses) / max(1, len(got.losses)), got.images)
@@ -182,11 +190,22 @@ class Federation:
     def _visible_rows(self, party: Party) -> tuple[int, ...]:
         return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
 
-    def _train(self, party: Party, state: State, constants: LocalConstants, where: Where) -> LocalResult:
+    def _probes(self, state: State, where: Where) -> Probes | None:
+        """What the probing client has in mind in this round; None while nobody probes."""
+        if self.probing is None or int(where[1]) < self.probing.first:
+            return None
+        received = state.rows[list(self.parties[self.probing.client].classes)]
+        before = Probes(**state.probes) if state.probes else None
+        return next_probes(self.probing, int(where[1]), self.seed, received, before)
+
+    def _train(
+        self, party: Party, state: State, constants: LocalConstants, where: Where, probes: Probes | None = None
+    ) -> LocalResult:
         """The client's half: what ``party`` makes of the state, in a round on all its photos or in a recorded step on them."""
         rows, recorded = self._visible_rows(party), where[0] == "step"
         model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
-        load_tensors(model, {**state.backbone, HEAD: state.rows[list(rows)]})
+        start = state.rows[list(rows)] if probes is None else probes.own
+        load_tensors(model, {**state.backbone, HEAD: start})
         model.train(not recorded)
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
@@ -213,12 +232,17 @@ class Federation:
 
     def _collect(
         self, got: Collected, party: Party, result: LocalResult, examples: Mapping[int, int], where: Where,
-        keep: Callable[[int], bool],
+        keep: Callable[[int], bool], probes: Probes | None = None,
     ) -> None:  # fmt: skip
-        """What one client uploads (private class embeddings stay at home), added to what the server holds."""
+        """What one client uploads (private class embeddings stay at home), added to what the server holds. probes: of a client
+        that uploads them, in whole rounds, in place of its class embeddings."""
         k, private = party.client, self.algorithm.head == "private"
         update = ClientUpdate(k, backbone_part(result.delta) if private else result.delta, examples[k])
         update = self.defense.outgoing(update, generator(self.noise_key, "outgoing", *where, k))
+        if probes is not None and where[0] == "round":
+            chosen = probes.sent - got.rows[list(party.classes)]
+            update = replace(update, tensors={**update.tensors, HEAD: chosen})
+            got.probes = probes.after(result.delta[HEAD]).to_tensors()
         shared = update.tensors if self.algorithm.head == "shared" else backbone_part(update.tensors)
         got.mean.add(shared, examples[k] / sum(examples.values()))
         if self.algorithm.head != "shared":
@@ -248,7 +272,8 @@ class Federation:
         W = self.algorithm.next_rows(W, owner, self.schedule.push, step, on_device(draw, W.device))
         W, returned = self._returned(W, where)
         ledger = state.ledger + got.charges
-        return State(state.round + 1, backbone, W, ledger, momentum if decay else {}), carried, returned
+        new = State(state.round + 1, backbone, W, ledger, momentum if decay else {}, got.probes)
+        return new, carried, returned
 
     def _returned(self, W: Tensor, where: Where) -> tuple[Tensor, dict[int, Tensors]]:
         if self.algorithm.head != "stacked":
@@ -283,6 +308,7 @@ class Federation:
             owners=self.owners,
             examples=examples,
             carried=carried,
+            prober=self.probing.client if self.probing and new.probes and where[0] == "round" else None,
         )
 
 

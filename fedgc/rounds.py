@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedgc.errors import RunError
 from fedgc.files import (
     PRIVATE,
@@ -28,6 +30,7 @@ from fedgc.files import (
 from fedgc.types import HEAD, Charge, ModelSpec, State
 
 MOMENTUM = "momentum."  # of the server: in state files only, never in a checkpoint
+PROBES = "probes."  # of a probing client: likewise
 
 
 class Rounds:
@@ -45,7 +48,8 @@ class Rounds:
         t = state.round
         write_tensors(self.checkpoint_path(t), state.backbone, {"round": t, "spec": asdict(spec)})
         momentum = {MOMENTUM + name: tensor for name, tensor in state.momentum.items()}
-        tensors = {**state.backbone, HEAD: state.rows, **momentum}
+        probes = {PROBES + name: tensor for name, tensor in state.probes.items()}
+        tensors = {**state.backbone, HEAD: state.rows, **momentum, **probes}
         digest = write_tensors(self._state(t, "safetensors"), tensors, {"round": t}, PRIVATE)
         ledger = [asdict(charge) for charge in state.ledger]
         commit = {"round": t, "sha256": digest, "metrics": dict(metrics), "ledger": ledger}
@@ -74,8 +78,9 @@ class Rounds:
                     continue
                 tensors, _ = read_tensors(path)
                 rows = tensors.pop(HEAD)
-                momentum = {n.removeprefix(MOMENTUM): tensors.pop(n) for n in list(tensors) if n.startswith(MOMENTUM)}
-                return State(t, tensors, rows, tuple(Charge(**charge) for charge in commit["ledger"]), momentum)
+                momentum, probes = _popped(tensors, MOMENTUM), _popped(tensors, PROBES)
+                ledger = tuple(Charge(**charge) for charge in commit["ledger"])
+                return State(t, tensors, rows, ledger, momentum, probes)
         return None
 
     def forget_after(self, round: int) -> None:
@@ -149,3 +154,8 @@ class Rounds:
         if fresh:
             write_sealed(path, [asdict(charge) for charge in known + fresh])
         return tuple(known + fresh)
+
+
+def _popped(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of that prefix, taken out and without it."""
+    return {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}

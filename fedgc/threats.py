@@ -108,7 +108,11 @@ def _stacked(updates: Mapping[int, ObservedUpdate]) -> ClassEmbeddings | None:
 
 
 def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
-    """What one participant receives, and what it knows by having taken part."""
+    """What one participant receives, and what it knows by having taken part; nothing where it departed from the protocol."""
+    return {} if transcript.prober == seat else _participant(transcript, seat)
+
+
+def _participant(transcript: Transcript, seat: int) -> Mapping[str, Any]:
     view: dict[str, Any] = {"global_model": backbone_part(transcript.released)}
     others = set(transcript.examples) - {seat}
     if others and (seat in transcript.updates or seat not in transcript.examples):  # its own share is subtracted
@@ -127,6 +131,14 @@ def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
             uploaded = transcript.sent[seat][HEAD] + transcript.updates[seat].tensors[HEAD]
             view["correction"] = ClassEmbeddings(received - uploaded, classes)
     return view
+
+
+def _probing_client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
+    """A participant's view with the rows that it chose to upload; nothing where it kept to the protocol."""
+    if transcript.prober != seat or seat not in transcript.updates:
+        return {}
+    uploaded = transcript.sent[seat][HEAD] + transcript.updates[seat].tensors[HEAD]
+    return {**_participant(transcript, seat), "probes": ClassEmbeddings(uploaded, transcript.rows[seat])}
 
 
 def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
@@ -167,6 +179,13 @@ THREATS = {
             "honest but curious: trains as told and reads what it receives",
             _ALWAYS | {"aggregate", "class-embeddings", "own-class-embeddings", "correction"},
             _client,
+        ),
+        ThreatModel(
+            "probing-client",
+            "another participant",
+            "trains its backbone as told and uploads rows of its choice in place of its class embeddings, to read the correction",
+            _ALWAYS | {"aggregate", "class-embeddings", "own-class-embeddings", "correction", "probes"},
+            _probing_client,
         ),
         ThreatModel(
             "outsider",

@@ -47,7 +47,7 @@ def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
     about = {
         "algorithm": t.algorithm, "round": t.round, "kind": t.kind, "constants": asdict(t.constants),
         "rows": {str(k): list(v) for k, v in t.rows.items()}, "owners": list(t.owners),
-        "examples": {str(k): n for k, n in t.examples.items()},
+        "examples": {str(k): n for k, n in t.examples.items()}, "prober": t.prober,
     }  # fmt: skip
     return tensors, about
 
@@ -69,5 +69,5 @@ def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
         algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=LocalConstants(**constants),
         updates={k: ClientUpdate(k, u, examples[k]) for k, u in private["updates"].items()},
         rows={int(k): tuple(v) for k, v in about["rows"].items()}, owners=tuple(about["owners"]),
-        examples=examples, sent=private["sent"], returned=private["returned"], **shared,
+        examples=examples, prober=about.get("prober"), sent=private["sent"], returned=private["returned"], **shared,
     )  # fmt: skip

@@ -103,6 +103,7 @@ class Transcript:
     owners      the client of each class
     examples    photos of each client that took part; its share of them is its weight in the aggregate
     carried     the server's momentum before this round, times its decay: known to all who saw the last two broadcasts
+    prober      the client that chose what it uploaded as class embeddings in this round (`fedgc.probing`), if any
     """
 
     algorithm: str
@@ -118,6 +119,7 @@ class Transcript:
     owners: tuple[int, ...]
     examples: Mapping[int, int]
     carried: Tensors = field(default_factory=dict)
+    prober: int | None = None
 
     def weight(self, client: int) -> float:
         """Aggregation weight of a client; zero where it took no part."""
@@ -187,6 +189,7 @@ class Observation:
     class_embeddings: ClassEmbeddings | None = None
     own_class_embeddings: ClassEmbeddings | None = None
     correction: ClassEmbeddings | None = None
+    probes: ClassEmbeddings | None = None
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
@@ -202,7 +205,7 @@ GRANTS_OF_FIELDS = {
     name: name.replace("_", "-")
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
-        "correction", "auxiliary_faces", "gallery", "candidates",
+        "correction", "probes", "auxiliary_faces", "gallery", "candidates",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())
@@ -298,10 +301,11 @@ class Charge:
 @dataclass(frozen=True)
 class State:
     """All that the next round needs. rows: (C, d) class embeddings in order of classes; momentum: the server's, keyed
-    like what it averages, empty without server momentum."""
+    like what it averages, empty without server momentum; probes: what a probing client remembers (`fedgc.probing.Probes`)."""
 
     round: int
     backbone: dict[str, Tensor]
     rows: Tensor
     ledger: tuple[Charge, ...] = ()
     momentum: dict[str, Tensor] = field(default_factory=dict)
+    probes: dict[str, Tensor] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from attacks.registry import ATTACKS, AnyAttack
 from eval.figures import save_grid
 from eval.scoring import Scores
 from fedgc.algorithms import ALGORITHMS, backbone_part
-from fedgc.config import parse_setting
+from fedgc.config import load_config, parse_setting
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
@@ -48,10 +48,16 @@ def attack(
         return _unless_only_refusal([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
     run = RunDirectory(path)
     run.finished()
-    seats = [_known(name, THREATS, "threat") for name in threats or THREATS]
+    seats = [_known(name, THREATS, "threat") for name in threats or usual_seats(run)]
     at = tuple(recorded_rounds(run, round))
     jobs = [(a, seat, rounds) for a in chosen for seat in seats for rounds in ([at] if adds_up(a) else zip(at))]
     return _unless_only_refusal([_with_variants(run, *job, targets, force, watch) for job in jobs])
+
+
+def usual_seats(run: RunDirectory) -> list[str]:
+    """All seats but that of a probing client where none probed."""
+    probed = load_config(run.path / "config.toml").probing.rounds > 0
+    return [name for name in THREATS if probed or name != "probing-client"]
 
 
 def _unless_only_refusal(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -217,7 +223,13 @@ def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], hi
 
 
 def no_message(observation: Observation) -> str | None:
-    """A party that trains alone sends nothing."""
+    """A party that trains alone sends nothing, and a client either keeps to the protocol or departs from it."""
+    if observation.global_model is None:
+        return (
+            "this client departed from the protocol in this round: its seat is 'probing-client'"
+            if observation.threat == "client"
+            else "no client departed from the protocol in this round: train fedgc with --set probing.rounds=8"
+        )
     match ALGORITHMS[observation.algorithm].alone if observation.algorithm in ALGORITHMS else None:
         case "all":
             return "one party holds every photo: there is no message to attack"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attacks.candidates import CandidateMatch
+from attacks.correction_probe import CorrectionProbe
 from eval.lineups import Lineup, score_lineups
 from eval.scoring import Scores
 from fedgc.rng import generator
@@ -31,8 +32,8 @@ class Hidden:
 
 
 def adds_up(attack: Attack) -> bool:
-    """Whether what several rounds show of the same victims is one piece of evidence."""
-    return isinstance(attack, CandidateMatch)
+    """Whether what several rounds show of the same people is one piece of evidence."""
+    return isinstance(attack, CandidateMatch | CorrectionProbe)
 
 
 def hide(run: RunDirectory, attack: Attack, names: Sequence[str], seat: int | None) -> dict[str, Hidden]:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.gradient_inversion import GradientInversion
-from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels, score_linkage
+from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels
 from fedgc.algorithms import backbone_part
 from fedgc.models import build_backbone
-from fedgc.pipeline.working import SEAT, Job
+from fedgc.pipeline.linking import round_scores
+from fedgc.pipeline.working import CLIENTS, SEAT, Job
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
 from fedgc.types import BACKBONE, HEAD, Observation, Reconstruction, Transcript
@@ -28,9 +29,8 @@ def judged(
 ) -> Scores:  # fmt: skip
     """Scores of what one attack of a ``target`` ("round" or "step") found in each transcript, from one seat."""
     if target == "round":
-        mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
-        return score_linkage(next(iter(found.values())), mates, rng)
-    seat = SEAT if threat == "client" else None
+        return round_scores(run, found, rng)
+    seat = SEAT if threat in CLIENTS else None
     groups = {name: batches(r, run.load_truth(name), seat) for name, r in found.items()}
     every = [g for of_one in groups.values() for g in of_one]
     parts = []

@@ -194,10 +194,11 @@ class QuickUtility:
 
 
 def on_device(state: State, device: torch.device) -> State:
-    backbone, momentum = (
-        {name: tensor.to(device) for name, tensor in tensors.items()} for tensors in (state.backbone, state.momentum)
+    backbone, momentum, probes = (
+        {name: tensor.to(device) for name, tensor in tensors.items()}
+        for tensors in (state.backbone, state.momentum, state.probes)
     )
-    return replace(state, backbone=backbone, rows=state.rows.to(device), momentum=momentum)
+    return replace(state, backbone=backbone, rows=state.rows.to(device), momentum=momentum, probes=probes)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

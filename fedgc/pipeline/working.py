@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from attacks.gradient_inversion import GradientInversion
+from fedgc.config import PROBER
 from fedgc.errors import FedgcError, RunError
 from fedgc.files import PRIVATE, make_folder, read_tensors, write_tensors
 from fedgc.pipeline.processes import processes
@@ -28,7 +29,8 @@ from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge
 from fedgc.types import Attack, Observation, Reconstruction
 
-SEAT = 0  # the client that is curious
+SEAT = PROBER  # the client that is curious; where one probes, it is the same
+CLIENTS = ("client", "probing-client")  # seats of a client
 POLL_SECONDS = 0.25
 FIELDS = ("images", "labels", "scores", "embeddings", "loss", "every")
 Tick = Callable[[int, int], None]
@@ -49,7 +51,7 @@ class Job:
 
     @property
     def seat(self) -> int | None:
-        return SEAT if self.threat == "client" else None
+        return SEAT if self.threat in CLIENTS else None
 
     def folder(self) -> str:
         about = [self.attack.model_dump(mode="json"), self.threat, self.transcripts, self.targets]

@@ -20,13 +20,15 @@ QUICK = {
     "embedding-recovery": {},
     "feature-inversion": {"iterations": 3, "components": 10, "copies": 1},
     "identity-linkage": {},
+    "correction-probe": {},
     "candidate-match": {"labels": 2},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))
 
 
 def observed(world, attack: Attack) -> Observation:
-    seen = world("fedgc", batch=2, kind=attack.target).seen_by("server")
+    seat = "client" if attack.name == "correction-probe" else "server"
+    seen = world("fedgc", batch=2, kind=attack.target).seen_by(seat)
     return replace(seen, candidates=seen.auxiliary_faces[:8]) if attack.name == "candidate-match" else seen
 
 
@@ -89,7 +91,7 @@ def test_no_global_generator_is_read_or_moved(world, attack: Attack) -> None:
 @table
 def test_the_observation_is_left_as_it_was(world, attack: Attack) -> None:
     observation = observed(world, attack)
-    update = observation.client_updates[0]
+    update = observation.aggregate if observation.client_updates is None else observation.client_updates[0]
     kept = {name: tensor.clone() for name, tensor in {**update.before, **update.delta}.items()}
     attack(observation, generator(0))
     for name, tensor in {**update.before, **update.delta}.items():

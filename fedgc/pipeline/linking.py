@@ -1,0 +1,48 @@
+"""What an attack on a whole round found, beside the private names and class embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks.identity_linkage import person_embeddings
+from eval.probes import Read, score_probe
+from eval.scoring import Scores, score_linkage
+from fedgc.models import load_backbone
+from fedgc.pipeline.working import SEAT
+from fedgc.runs import RunDirectory
+from fedgc.types import HEAD, Reconstruction, Transcript
+
+
+def round_scores(run: RunDirectory, found: Mapping[str, Reconstruction], rng: np.random.Generator) -> Scores:
+    """Scores by what was returned: embeddings of strangers, or similarities with the people of the gallery."""
+    mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
+    if next(iter(found.values())).embeddings is not None:
+        return _probe_scores(run, found, mates, rng)
+    return score_linkage(next(iter(found.values())), mates, rng)
+
+
+def _probe_scores(
+    run: RunDirectory, found: Mapping[str, Reconstruction], mates: Mapping[int, int], rng: np.random.Generator
+) -> Scores:
+    """Guesses of each round beside the strangers' class embeddings of that round."""
+    _, gallery = run.load_knowledge()
+    rounds = []
+    classes: tuple[int, ...] = ()
+    for name, reconstruction in found.items():
+        transcript, guesses = run.load_transcript(name), reconstruction.embeddings
+        assert guesses is not None
+        rows, classes = foreign_rows(transcript)
+        people = person_embeddings(load_backbone(transcript.constants.spec, transcript.released), gallery)
+        rounds.append(Read(guesses, reconstruction.sources, rows, people))
+    return score_probe(rounds, classes, mates, rng)
+
+
+def foreign_rows(transcript: Transcript) -> tuple[Tensor, tuple[int, ...]]:
+    """Class embeddings that the server returned to others than the curious client, and their classes."""
+    others = sorted(set(transcript.returned) - {SEAT})
+    rows = torch.cat([transcript.returned[k][HEAD] for k in others]).cpu()
+    return rows, tuple(c for k in others for c in transcript.rows[k])
