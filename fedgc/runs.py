@@ -31,6 +31,7 @@ from fedgc.files import (
     writing,
 )
 from fedgc.rounds import Rounds
+from fedgc.threats import Knowledge
 from fedgc.transcripts import pack_transcript, unpack_transcript
 from fedgc.types import Gallery, Transcript, Truth
 
@@ -136,16 +137,25 @@ class RunDirectory(Rounds):
             tensors, about = read_tensors(path)
             return Truth(tuple(about["clients"]), tensors["images"].float() / 255, tensors["labels"])
 
-    def save_knowledge(self, auxiliary: Tensor, gallery: Tensor, people: Tensor) -> None:
-        """uint8 photos that attackers own: strangers, and candidates with their number in the gallery."""
-        tensors = {"auxiliary": auxiliary, "gallery": gallery, "people": people}
-        write_tensors(self.path / "attacker" / "knowledge.safetensors", tensors, None, PRIVATE)
+    def save_knowledge(self, auxiliary: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor]) -> None:
+        """uint8 photos that attackers own, and a number for each person: of strangers, and of the gallery."""
+        named = {
+            "auxiliary": auxiliary[0],
+            "auxiliary_people": auxiliary[1],
+            "gallery": gallery[0],
+            "people": gallery[1],
+        }
+        write_tensors(self.path / "attacker" / "knowledge.safetensors", named, None, PRIVATE)
 
-    def load_knowledge(self) -> tuple[Tensor, Gallery]:
+    def load_knowledge(self) -> Knowledge:
         path = self.path / "attacker" / "knowledge.safetensors"
         with holding(path):
             tensors, _ = read_tensors(path)
-            return tensors["auxiliary"].float() / 255, Gallery(tensors["gallery"].float() / 255, tensors["people"])
+            return Knowledge(
+                tensors["auxiliary"].float() / 255,
+                Gallery(tensors["gallery"].float() / 255, tensors["people"]),
+                auxiliary_people=tensors.get("auxiliary_people"),
+            )
 
     def save_bystanders(self, calibration: tuple[Tensor, Tensor], strangers: tuple[Tensor, Tensor]) -> None:
         """uint8 photos and numbers of people who are not trained on, for scoring alone: those whose comparisons set a judge's

@@ -28,13 +28,15 @@ from fedgc.types import (
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What every attacker is given beside the protocol: photos of strangers (float32 (N, 3, H, W) in [0, 1]) and, for
-    re-identification, photos of candidate people; where an attack asks for it, the photos (float32 (K, 3, H, W)) among
-    which those behind an update are."""
+    """What every attacker is given beside the protocol: photos of strangers (float32 (N, 3, H, W) in [0, 1], a number for each
+    person int64 (N,)) and, for re-identification, photos of candidate people. Where an attack asks for it, the photos among which
+    those behind an update are (float32 (K, 3, H, W)), or people some of whom were trained on."""
 
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
     candidates: Tensor | None = None
+    suspects: Gallery | None = None
+    auxiliary_people: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _outsider(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
     return {"global_model": backbone_part(transcript.released)}
 
 
-_ALWAYS = frozenset({"public-constants", "global-model", "auxiliary-faces", "gallery", "candidates"})
+_ALWAYS = frozenset({"public-constants", "global-model", "auxiliary-faces", "gallery", "candidates", "suspects"})
 THREATS = {
     t.name: t
     for t in (

@@ -193,6 +193,8 @@ class Observation:
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
+    suspects: Gallery | None = None  # people some of whom were trained on, by other photos than those
+    auxiliary_people: Tensor | None = None  # a number for the person of each auxiliary face; comes with them
 
     @property
     def granted(self) -> tuple[str, ...]:
@@ -205,7 +207,7 @@ GRANTS_OF_FIELDS = {
     name: name.replace("_", "-")
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
-        "correction", "probes", "auxiliary_faces", "gallery", "candidates",
+        "correction", "probes", "auxiliary_faces", "gallery", "candidates", "suspects",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())

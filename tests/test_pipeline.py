@@ -188,7 +188,7 @@ def test_attacks_need_no_private_folder(runs: dict[str, Path], tmp_path: Path) -
     """Reconstructing without the truth works and gives the same bytes; only scoring reads it."""
     from attacks.registry import ATTACKS
     from fedgc.rng import generator
-    from fedgc.threats import THREATS, Knowledge
+    from fedgc.threats import THREATS
 
     shutil.copytree(runs["fedgc"], tmp_path / "run")
     entry = results(tmp_path / "run", "label-inference", threats=("server",), force=True)["label-inference", "server"]
@@ -196,7 +196,7 @@ def test_attacks_need_no_private_folder(runs: dict[str, Path], tmp_path: Path) -
     shutil.rmtree(tmp_path / "run/private")
     run = RunDirectory(tmp_path / "run")
     name = "round-0002-step-b1-0"
-    observation = THREATS["server"].observe(run.load_transcript(name), Knowledge(*run.load_knowledge()))
+    observation = THREATS["server"].observe(run.load_transcript(name), run.load_knowledge())
     found = ATTACKS["label-inference"](name="label-inference")(observation, generator(0))
     assert found.labels is not None
     assert torch.equal(found.labels, scored[f"{name}/labels"])

@@ -14,7 +14,6 @@ from fedgc.pipeline.attacking import attack, make_attack
 from fedgc.pipeline.training import train
 from fedgc.pipeline.working import Job, kept, observed, reconstruct
 from fedgc.runs import RunDirectory
-from fedgc.threats import Knowledge
 from tests.tiny import TINY
 
 STEP = "round-0001-step-b1-0"
@@ -33,7 +32,7 @@ def job(**settings: object) -> Job:
 
 
 def found(run: RunDirectory, this: Job, ticks: list[tuple[int, int]] | None = None):
-    observation, _ = observed(run, this, STEP, None, Knowledge(*run.load_knowledge()))
+    observation, _ = observed(run, this, STEP, None, run.load_knowledge())
     note = (lambda done, total: ticks.append((done, total))) if ticks is not None else (lambda *_: None)
     return reconstruct(run, this, {STEP: observation}, note)[STEP]
 

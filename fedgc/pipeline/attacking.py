@@ -170,7 +170,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     if (folder / "summary.json").exists():
         return dict(read_json(folder / "summary.json"))
     started = time.monotonic()
-    owned = Knowledge(*run.load_knowledge())
+    owned = run.load_knowledge()
     hidden = hide(run, job.attack, job.transcripts, job.seat)
     seen: dict[str, Observation] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
@@ -218,7 +218,8 @@ def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], hi
     rng = numpy_generator(run.about()["seed"], "score", job.folder())
     if hidden:
         return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
-    auxiliary, _ = run.load_knowledge()
+    auxiliary = run.load_knowledge().auxiliary_faces
+    assert auxiliary is not None
     return judged(run, job.attack.target, job.threat, found, auxiliary, rng)
 
 

@@ -46,12 +46,13 @@ def hide(run: RunDirectory, attack: Attack, names: Sequence[str], seat: int | No
     """
     if not isinstance(attack, CandidateMatch):
         return {}
-    auxiliary, gallery = run.load_knowledge()
+    owned = run.load_knowledge()
+    assert owned.auxiliary_faces is not None and owned.gallery is not None  # noqa: PT018
     steps = {step_of(n): run.load_truth(n) for n in run.transcripts() if step_of(n)}
     drawn = {}
     for step in dict.fromkeys(map(step_of, names)):
         others = [_photos(truth, seat) for key, truth in steps.items() if key != step]
-        kinds = [*([torch.cat(others)] if others else []), gallery.images, auxiliary]
+        kinds = [*([torch.cat(others)] if others else []), owned.gallery.images, owned.auxiliary_faces]
         drawn[step] = _line_up(
             steps[step], kinds, attack.candidates, seat, generator(run.about()["seed"], "candidates", step)
         )

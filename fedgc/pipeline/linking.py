@@ -29,7 +29,8 @@ def _probe_scores(
     run: RunDirectory, found: Mapping[str, Reconstruction], mates: Mapping[int, int], rng: np.random.Generator
 ) -> Scores:
     """Guesses of each round beside the strangers' class embeddings of that round."""
-    _, gallery = run.load_knowledge()
+    gallery = run.load_knowledge().gallery
+    assert gallery is not None
     rounds = []
     classes: tuple[int, ...] = ()
     for name, reconstruction in found.items():

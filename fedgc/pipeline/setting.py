@@ -111,11 +111,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def auxiliary_photos(setting: Setting) -> Tensor:
-    """Photos of strangers that every attacker owns: uint8 (N, 3, S, S)."""
+def auxiliary_photos(setting: Setting) -> tuple[Tensor, Tensor]:
+    """Photos of strangers that every attacker owns, uint8 (N, 3, S, S), and a number for each person, int64 (N,)."""
     index = setting.faces.of(setting.splits.auxiliary)
     order = torch.randperm(len(index), generator=generator(setting.config.seed, "auxiliary"))
-    return setting.faces.images[index[order[:AUXILIARY_PHOTOS]].sort().values]
+    kept = index[order[:AUXILIARY_PHOTOS]].sort().values
+    return setting.faces.images[kept], setting.faces.labels[kept].unique(return_inverse=True)[1]
 
 
 def gallery(setting: Setting) -> tuple[Tensor, Tensor, dict[int, int]]:

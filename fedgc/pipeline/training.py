@@ -112,7 +112,7 @@ def _start(setting: Setting, parties: Federation, run: RunDirectory, initial: In
     ]
     run.create(config.to_toml())
     photos, people, of_class = gallery(setting)
-    run.save_knowledge(auxiliary_photos(setting), photos, people)
+    run.save_knowledge(auxiliary_photos(setting), (photos, people))
     run.save_bystanders(
         photos_of(setting, setting.splits.calibration, CALIBRATION_PHOTOS),
         photos_of(setting, setting.splits.test, config.data.held_out),

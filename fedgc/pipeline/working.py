@@ -119,7 +119,7 @@ def part(
     """Attack the update of that number alone, with one thread and random numbers of its own, and keep what is found."""
     run = RunDirectory(path)
     if observation is None:
-        observation, _ = observed(run, job, name, None, Knowledge(*run.load_knowledge()))
+        observation, _ = observed(run, job, name, None, run.load_knowledge())
     assert observation.client_updates is not None
     keep_graphs()
     alone = replace(observation, client_updates=observation.client_updates[number : number + 1])

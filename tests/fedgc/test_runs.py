@@ -116,8 +116,10 @@ def test_truth_and_knowledge_survive_the_disk(run) -> None:
     assert truth.clients == (0, 4)
     assert torch.equal(truth.images, photos.float() / 255)
     assert torch.equal(truth.labels, labels)
-    run.save_knowledge(photos[0], photos[1], torch.tensor([0, 1, 0]))
-    strangers, gallery = run.load_knowledge()
+    run.save_knowledge((photos[0], torch.tensor([0, 0, 1])), (photos[1], torch.tensor([0, 1, 0])))
+    owned = run.load_knowledge()
+    strangers, gallery = owned.auxiliary_faces, owned.gallery
+    assert owned.auxiliary_people.tolist() == [0, 0, 1]
     assert torch.equal(strangers, photos[0].float() / 255)
     assert torch.equal(gallery.images, photos[1].float() / 255)
     assert gallery.size == 2
@@ -175,7 +177,7 @@ def test_what_holds_faces_or_secrets_is_owner_only(run, federation) -> None:
         run.save_truth("x", truth)
         run.save_transcript("x", transcript)
         faces = torch.zeros(2, 1, 3, 8, 8, dtype=torch.uint8)
-        run.save_knowledge(faces[0], faces[1], torch.zeros(1, dtype=torch.long))
+        run.save_knowledge((faces[0], torch.zeros(1)), (faces[1], torch.zeros(1, dtype=torch.long)))
         run.save_identities({})
         saved(run, 1)
     finally:
