@@ -14,6 +14,7 @@ from attacks.feature_inversion import FeatureInversion
 from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
 from attacks.label_inference import LabelInference
+from attacks.membership import MembershipInference
 from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
@@ -25,6 +26,7 @@ ATTACKS: dict[str, type[Attack]] = {
         GradientInversion,
         IdentityLinkage,
         CorrectionProbe,
+        MembershipInference,
         CandidateMatch,
     )
 }
@@ -36,6 +38,7 @@ AnyAttack = Annotated[
     | GradientInversion
     | IdentityLinkage
     | CorrectionProbe
+    | MembershipInference
     | CandidateMatch,
     Field(discriminator="name"),
 ]

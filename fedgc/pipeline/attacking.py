@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from attacks.membership import MembershipInference
 from attacks.registry import ATTACKS, AnyAttack
 from eval.figures import save_grid
 from eval.scoring import Scores
@@ -23,6 +24,7 @@ from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.judging import judged, optimisation_limited
+from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct, sized
 from fedgc.rng import numpy_generator
@@ -172,6 +174,9 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     started = time.monotonic()
     owned = run.load_knowledge()
     hidden = hide(run, job.attack, job.transcripts, job.seat)
+    suspects = line_up(run, job.seat) if isinstance(job.attack, MembershipInference) else None
+    if suspects is not None:
+        owned = replace(owned, suspects=suspects.people)
     seen: dict[str, Observation] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
     granted: tuple[str, ...] = ()
@@ -194,7 +199,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
     found = reconstruct(run, job, seen, partial(watch, stage))
     limited = sum(optimisation_limited(run, job, name, seen[name], found[name]) for name in found)
-    scores = _scores(run, job, found, hidden)
+    scores = _scores(run, job, found, hidden, suspects)
     entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size, job.local_steps)
     if len(job.rounds) > 1:
         entry["rounds"] = list(job.rounds)
@@ -214,8 +219,16 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     return entry
 
 
-def _scores(run: RunDirectory, job: Job, found: Mapping[str, Reconstruction], hidden: Mapping[str, Hidden]) -> Scores:
+def _scores(
+    run: RunDirectory,
+    job: Job,
+    found: Mapping[str, Reconstruction],
+    hidden: Mapping[str, Hidden],
+    suspects: LineUp | None,
+) -> Scores:
     rng = numpy_generator(run.about()["seed"], "score", job.folder())
+    if suspects is not None:
+        return score_suspects(found, suspects, rng)
     if hidden:
         return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
     auxiliary = run.load_knowledge().auxiliary_faces

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from attacks.registry import ATTACKS, AnyAttack
+from fedgc.data.synthetic import synthetic_faces
 from fedgc.errors import RefusedError
 from fedgc.rng import generator
 from fedgc.types import GRANTS, Attack, Observation
@@ -21,6 +22,7 @@ QUICK = {
     "feature-inversion": {"iterations": 3, "components": 10, "copies": 1},
     "identity-linkage": {},
     "correction-probe": {},
+    "membership-inference": {"models": 4, "epochs": 1},
     "candidate-match": {"labels": 2},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))
@@ -29,6 +31,10 @@ table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name
 def observed(world, attack: Attack) -> Observation:
     seat = "client" if attack.name == "correction-probe" else "server"
     seen = world("fedgc", batch=2, kind=attack.target).seen_by(seat)
+    if attack.name == "membership-inference":
+        faces, people = synthetic_faces(10, 3, 32, seed=4)
+        faces = faces.float() / 255
+        return replace(seen, suspects=seen.gallery, auxiliary_faces=faces, auxiliary_people=people)
     return replace(seen, candidates=seen.auxiliary_faces[:8]) if attack.name == "candidate-match" else seen
 
 

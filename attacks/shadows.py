@@ -1,0 +1,108 @@
+"""Small recognisers that an attacker trains on its own strangers, to learn how a model treats people whom it was trained on.
+
+Shadow models (Shokri et al. 2017, arXiv 1610.05820), here of people and not of photos: each is trained on some photos of half of
+the strangers, and looked at with other photos of all of them, as the attacked model will be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fedgc.doors import ClientPlan, Defense
+from fedgc.heads import CosineHead, initial_rows
+from fedgc.local import epoch_batches, load_tensors, train_locally
+from fedgc.models import FaceModel, build_backbone
+from fedgc.types import HEAD, Gallery, LocalConstants
+
+FEWEST = 3  # photos of a stranger of whom some are trained on and others looked at
+LOOKED_AT = 3  # at most, as of a suspect
+LR, BATCH, MOMENTUM = 0.05, 32, 0.9
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """People of whom the attacker owns several photos. trained: uint8 (N, 3, S, S) and ``of``: int64 (N,) person of each, for
+    shadows to learn; seen: other photos of the same people, numbered alike."""
+
+    trained: Tensor
+    of: Tensor
+    seen: Gallery
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """A trained recogniser. rows: (C, d) its class embeddings; members: bool (P,) which strangers it was trained on."""
+
+    backbone: nn.Module
+    rows: Tensor
+    members: Tensor
+
+
+def strangers(faces: Tensor, people: Tensor) -> Strangers | None:
+    """Photos dealt to training and looking; None where fewer than eight people have ``FEWEST`` photos."""
+    to_train, of, to_see, seen = [], [], [], []
+    number = 0
+    for person in people.unique().tolist():
+        index = (people == person).nonzero()[:, 0]
+        if len(index) < FEWEST:
+            continue
+        looked = min(LOOKED_AT, len(index) // 2)
+        to_see.append(index[:looked])
+        to_train.append(index[looked:])
+        seen.append(torch.full((looked,), number))
+        of.append(torch.full((len(index) - looked,), number))
+        number += 1
+    if number < 8:
+        return None
+    photos = (faces * 255).round().clamp(0, 255).to(torch.uint8)
+    return Strangers(photos[torch.cat(to_train)], torch.cat(of), Gallery(faces[torch.cat(to_see)], torch.cat(seen)))
+
+
+def halves(people: int, models: int, generator: torch.Generator) -> Tensor:
+    """bool (models, people): each pair of models shares out the people, so that everybody is in half of them."""
+    rows: list[Tensor] = []
+    for _ in range(models // 2):
+        chosen = torch.zeros(people, dtype=torch.bool)
+        chosen[torch.randperm(people, generator=generator)[: people // 2]] = True
+        rows += [chosen, ~chosen]
+    return torch.stack(rows)
+
+
+def trained(
+    own: Strangers, members: Tensor, constants: LocalConstants, epochs: int, generator: torch.Generator,
+    done: Callable[[int], None],
+) -> Shadow:  # fmt: skip
+    """One shadow, trained in one place with the loss, margin and clipping that the parties use. done: told of each epoch."""
+    people = members.nonzero()[:, 0]
+    mine = members[own.of]
+    photos, labels = own.trained[mine], torch.searchsorted(people, own.of[mine])
+    spec = replace(constants.spec, softmax_classes=0)
+    seed = int(torch.randint(2**31, (1,), generator=generator))
+    model = FaceModel(build_backbone(spec, seed), CosineHead(len(people), spec.embedding_size))
+    load_tensors(model, {HEAD: initial_rows(len(people), spec.embedding_size, generator)})
+    batch = min(BATCH, len(photos))
+    plan = ClientPlan(0, len(photos), batch, epochs * math.ceil(len(photos) / batch))
+    model.train()
+    for epoch in range(epochs):
+        rate = LR * min(1.0, (epoch + 1) / 3) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        now = replace(
+            constants,
+            spec=spec,
+            lr=rate,
+            batch_size=batch,
+            momentum=MOMENTUM,
+            steps=None,
+            defense={},
+            precision="float32",
+        )
+        train_locally(
+            model, photos, labels, epoch_batches(len(photos), batch, 1, generator), now, Defense(name="none"), plan,
+            sampling=None, augmenting=generator, noise=generator,
+        )  # fmt: skip
+        done(epoch + 1)
+    return Shadow(model.backbone.eval(), model.head.weight.detach().clone(), members)
