@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from eval.fidelity import align, fidelity_summary, psnr, ssim
+from eval.linkability import d_sys, tpir
 from eval.recognition import identification
 from eval.statistics import Measured, bootstrap_mean, bootstrap_median, rate
 from fedgc.types import Reconstruction, Truth
@@ -243,4 +244,6 @@ def _linkage(scores: Tensor, truth: np.ndarray, rng: np.random.Generator) -> Met
     others = s[~mated].reshape(len(truth), -1)
     wins = (own[:, None] > others).mean(axis=1) + 0.5 * (own[:, None] == others).mean(axis=1)
     found["auc"] = replace(bootstrap_mean(wins, rng=rng), chance=0.5)
+    found |= {f"tpir@fpir={rate:g}": tpir(s, truth, rate, rng) for rate in (0.1, 0.01)}
+    found["d_sys"] = d_sys(own, others, rng)
     return {name: m.to_json() for name, m in found.items()}
