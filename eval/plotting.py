@@ -47,6 +47,7 @@ class Measure:
 
 MEASURES = (
     Measure("identity-linkage", "rank1", "People named from class embeddings", "rank 1, %", 100),
+    Measure("correction-probe", "reached", "Strangers read from the correction", "guesses on a\nstranger, %", 100),
     Measure("gradient-inversion", "psnr_gain", "Photos rebuilt from one step", "PSNR above the\nmean face, dB"),
     Measure("label-inference", "label_accuracy", "Labels read from one step", "labels found, %", 100),
     Measure("candidate-match", "rank1", "Photos of one step named among candidates", "rank 1, %", 100),

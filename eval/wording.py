@@ -21,6 +21,8 @@ GRANTS = {
     "correction": "The server's correction of one's own class embeddings",
     "auxiliary-faces": "Photos of strangers, owned by the attacker, from no training person",
     "gallery": "Other photos of candidate people, the trained ones among them, owned by the attacker",
+    "probes": "Rows that the attacker chose and uploaded in place of its class embeddings",
+    "suspects": "Photos of people some of whom were trained on, by other photos (given to the attack that asks for it)",
     "candidates": "The photos behind an update, among decoys; which they are is not told (given to the attack that asks for it)",
 }
 ATTACKS = {
@@ -32,8 +34,9 @@ ATTACKS = {
     "embedding-recovery": "The network's feature of each photo behind an update of one optimiser step: all that a recogniser "
     "knows of a face. One photo's needs no class embedding, and clipping does not hinder it.",
     "template-inversion": "Photos from class embeddings.",
-    "correction-probe": "What the server's correction of one's own rows tells about other clients' people.",
-    "membership-inference": "Whether a photo or a person was trained on.",
+    "correction-probe": "Other clients' class embeddings from what the server sends back of one's own: guesses within cosine 0.9 of "
+    "a stranger's class embedding, and whether photos name that stranger.",
+    "membership-inference": "Who was trained on, by other photos of them; beside it the same guess on a model that knows nobody.",
     "candidate-match": "Which of the candidate photos a step was made from, by likelihood under the defense's clipping and "
     "noise. The ceiling is what no attack on the same steps can exceed under that noise; the others of a batch count as known.",
 }
