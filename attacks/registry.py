@@ -13,14 +13,24 @@ from attacks.feature_inversion import FeatureInversion
 from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
 from attacks.label_inference import LabelInference
+from attacks.template_inversion import TemplateInversion
 from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
     cls.model_fields["name"].default: cls
-    for cls in (LabelInference, EmbeddingRecovery, FeatureInversion, GradientInversion, IdentityLinkage, CandidateMatch)
-}
+    for cls in (
+        LabelInference, EmbeddingRecovery, FeatureInversion, GradientInversion, IdentityLinkage, TemplateInversion,
+        CandidateMatch,
+    )
+}  # fmt: skip
 
 AnyAttack = Annotated[
-    LabelInference | EmbeddingRecovery | FeatureInversion | GradientInversion | IdentityLinkage | CandidateMatch,
+    LabelInference
+    | EmbeddingRecovery
+    | FeatureInversion
+    | GradientInversion
+    | IdentityLinkage
+    | TemplateInversion
+    | CandidateMatch,
     Field(discriminator="name"),
 ]

@@ -31,7 +31,9 @@ ATTACKS = {
     "feature-inversion": "Photos from the features that the last layers of an update give away, and from nothing else.",
     "embedding-recovery": "The network's feature of each photo behind an update of one optimiser step: all that a recogniser "
     "knows of a face. One photo's needs no class embedding, and clipping does not hinder it.",
-    "template-inversion": "Photos from class embeddings.",
+    "template-inversion": "A face for each class embedding, from that and the shared backbone. There is no photo that it should "
+    "equal: pixels are compared with other photos of the person. Ranks and cosines are in the attacked model's own eyes, which "
+    "the search pleases by design; how far that goes, the class embedding itself tells, which has no pixels.",
     "correction-probe": "What the server's correction of one's own rows tells about other clients' people.",
     "membership-inference": "Whether a photo or a person was trained on.",
     "candidate-match": "Which of the candidate photos a step was made from, by likelihood under the defense's clipping and "
@@ -47,6 +49,7 @@ BASELINES = {
     "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
     "nearest-class-embedding": "nearest class embedding",
     "another-update": "another client's update",
+    "another-class": "another person's face", "class-embedding": "the class embedding itself",
 }  # fmt: skip
 LEDGER = (
     (

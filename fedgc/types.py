@@ -255,12 +255,21 @@ class Attack(Named):
     apart: ClassVar[bool] = False
     summary: ClassVar[str] = ""
 
+    @property
+    def reads(self) -> Literal["round", "step"]:
+        """``target``, unless a setting makes it another."""
+        return self.target
+
+    def needed(self) -> tuple[frozenset[str], ...]:
+        """``needs``, unless a setting makes them others."""
+        return self.needs
+
     def refusal(self, observation: Observation) -> str | None:
         """Why this attack cannot start from this observation, or None. Costs no compute."""
         held = frozenset(observation.granted)
-        if any(need <= held for need in self.needs):
+        if any(need <= held for need in self.needed()):
             return self.unsuitable(observation)
-        wanted = " or ".join(" + ".join(sorted(need)) for need in self.needs)
+        wanted = " or ".join(" + ".join(sorted(need)) for need in self.needed())
         return (
             f"needs {wanted}; under {observation.algorithm} the seat '{observation.threat}' "
             f"holds only {', '.join(sorted(held)) or 'nothing'}"

@@ -8,16 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks.gradient_inversion import GradientInversion
 from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels, score_linkage
+from eval.template_faces import score_faces
 from fedgc.algorithms import backbone_part
-from fedgc.models import build_backbone
+from fedgc.models import build_backbone, embed
 from fedgc.pipeline.working import SEAT, Job
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
-from fedgc.types import BACKBONE, HEAD, Observation, Reconstruction, Transcript
+from fedgc.types import BACKBONE, HEAD, ModelSpec, Observation, Reconstruction, Tensors, Transcript
 
 STRANGERS = 256  # auxiliary photos whose mean feature is a baseline
 
@@ -29,7 +30,8 @@ def judged(
     """Scores of what one attack of a ``target`` ("round" or "step") found in each transcript, from one seat."""
     if target == "round":
         mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
-        return score_linkage(next(iter(found.values())), mates, rng)
+        name, one = next(iter(found.items()))
+        return score_linkage(one, mates, rng) if one.images is None else _faces(run, name, threat, one, mates, rng)
     seat = SEAT if threat == "client" else None
     groups = {name: batches(r, run.load_truth(name), seat) for name, r in found.items()}
     every = [g for of_one in groups.values() for g in of_one]
@@ -51,6 +53,20 @@ def judged(
     )
 
 
+def _faces(
+    run: RunDirectory, name: str, threat: str, found: Reconstruction, mates: Mapping[int, int], rng: np.random.Generator
+) -> Scores:
+    """Images of class embeddings, against other photos of their people and in the attacked model's own eyes.
+
+    The verdict of an independent recogniser on ``found.images`` (people ``found.sources``) belongs here, beside these."""
+    observation = THREATS[threat].observe(run.load_transcript(name), seat=SEAT)
+    rows, auxiliary, gallery = observation.class_embeddings, *run.load_knowledge()
+    assert rows is not None and observation.global_model is not None  # noqa: PT018
+    backbone = _backbone(observation.public_constants.spec, observation.global_model)
+    looks = lambda images: embed(backbone, (images * 255).round().clamp(0, 255).to(torch.uint8))  # noqa: E731
+    return score_faces(found, mates, gallery, auxiliary, dict(zip(rows.classes, rows.weight, strict=True)), looks, rng)
+
+
 def _features(run: RunDirectory, name: str, threat: str, groups: list[Batch], auxiliary: Tensor) -> list[Features]:
     """True features of the photos behind each target of one transcript, and what they are compared with."""
     transcript = run.load_transcript(name)
@@ -65,10 +81,15 @@ def _features(run: RunDirectory, name: str, threat: str, groups: list[Batch], au
 def features_at(transcript: Transcript, photos: Tensor, batch: int = 64) -> Tensor:
     """Unit features (n, d) of photos (n, 3, S, S) at the backbone that the server sent out, by the forward pass that a recorded
     step takes: not averaged with the mirror image, norms in evaluation mode."""
-    backbone = build_backbone(transcript.constants.spec, seed=0).eval()
-    start = {n.removeprefix(BACKBONE): t.cpu() for n, t in backbone_part(transcript.broadcast).items()}
-    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    backbone = _backbone(transcript.constants.spec, transcript.broadcast)
     return F.normalize(torch.cat([backbone(x) for x in photos.split(batch)]), dim=1)
+
+
+def _backbone(spec: ModelSpec, tensors: Tensors) -> nn.Module:
+    backbone = build_backbone(spec, seed=0).eval()
+    start = {n.removeprefix(BACKBONE): t.cpu() for n, t in backbone_part(tensors).items()}
+    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    return backbone
 
 
 def optimisation_limited(
