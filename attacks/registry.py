@@ -15,21 +15,16 @@ from attacks.gradient_inversion import GradientInversion
 from attacks.identity_linkage import IdentityLinkage
 from attacks.label_inference import LabelInference
 from attacks.membership import MembershipInference
+from attacks.template_inversion import TemplateInversion
 from fedgc.types import Attack
 
 ATTACKS: dict[str, type[Attack]] = {
     cls.model_fields["name"].default: cls
     for cls in (
-        LabelInference,
-        EmbeddingRecovery,
-        FeatureInversion,
-        GradientInversion,
-        IdentityLinkage,
-        CorrectionProbe,
-        MembershipInference,
-        CandidateMatch,
+        LabelInference, EmbeddingRecovery, FeatureInversion, GradientInversion, IdentityLinkage, TemplateInversion,
+        CorrectionProbe, MembershipInference, CandidateMatch,
     )
-}
+}  # fmt: skip
 
 AnyAttack = Annotated[
     LabelInference
@@ -39,6 +34,7 @@ AnyAttack = Annotated[
     | IdentityLinkage
     | CorrectionProbe
     | MembershipInference
+    | TemplateInversion
     | CandidateMatch,
     Field(discriminator="name"),
 ]

@@ -218,9 +218,9 @@ def score_linkage(reconstruction: Reconstruction, mates: Mapping[int, int], rng:
     rows = [i for i, c in enumerate(reconstruction.sources) if c in mates]
     truth = np.array([mates[reconstruction.sources[i]] for i in rows])
     size = scores.shape[1]
-    metrics = _linkage(scores[rows], truth, rng)
+    metrics = linkage(scores[rows], truth, rng)
     noise = torch.from_numpy(rng.standard_normal((len(rows), size)).astype(np.float32))
-    baselines = {"random-embedding": _linkage(noise, truth, rng)}
+    baselines = {"random-embedding": linkage(noise, truth, rng)}
     ranks = ranks_of(scores[rows], truth)
     samples = [
         {"target": n, "class": reconstruction.sources[i], "rank": int(r), "gallery": size}
@@ -235,7 +235,8 @@ def ranks_of(scores: Tensor, truth: np.ndarray) -> np.ndarray:
     return (s >= s[np.arange(len(truth)), truth][:, None]).sum(axis=1)
 
 
-def _linkage(scores: Tensor, truth: np.ndarray, rng: np.random.Generator) -> Metrics:
+def linkage(scores: Tensor, truth: np.ndarray, rng: np.random.Generator) -> Metrics:
+    """rank1, rank5 and auc of similarities (n, G) with the people of a gallery; truth: (n,) whose each row is."""
     found = identification(ranks_of(scores, truth), scores.shape[1], rng=rng)
     s = scores.numpy()
     own = s[np.arange(len(truth)), truth]

@@ -33,9 +33,11 @@ ATTACKS = {
     "feature-inversion": "Photos from the features that the last layers of an update give away, and from nothing else.",
     "embedding-recovery": "The network's feature of each photo behind an update of one optimiser step: all that a recogniser "
     "knows of a face. One photo's needs no class embedding, and clipping does not hinder it.",
-    "template-inversion": "Photos from class embeddings.",
-    "correction-probe": "Other clients' class embeddings from what the server sends back of one's own: guesses within cosine 0.9 of "
-    "a stranger's class embedding, and whether photos name that stranger.",
+    "template-inversion": "A face for each class embedding, from that and the shared backbone. There is no photo that it should "
+    "equal: pixels are compared with other photos of the person. Ranks and cosines are in the attacked model's own eyes, which "
+    "the search pleases by design; how far that goes, the class embedding itself tells, which has no pixels.",
+    "correction-probe": "Other clients' class embeddings from what the server sends back of one's own: guesses within cosine "
+    "0.9 of a stranger's class embedding, and whether photos name that stranger.",
     "membership-inference": "Who was trained on, by other photos of them; beside it the same guess on a model that knows nobody.",
     "candidate-match": "Which of the candidate photos a step was made from, by likelihood under the defense's clipping and "
     "noise. The ceiling is what no attack on the same steps can exceed under that noise; the others of a batch count as known.",
@@ -50,6 +52,7 @@ BASELINES = {
     "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
     "nearest-class-embedding": "nearest class embedding",
     "another-update": "another client's update",
+    "another-class": "another person's face", "class-embedding": "the class embedding itself",
 }  # fmt: skip
 LEDGER = (
     (

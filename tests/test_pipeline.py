@@ -21,7 +21,10 @@ from fedgc.pipeline.reporting import report
 from fedgc.pipeline.training import train
 from fedgc.runs import RunDirectory
 
-QUICK = ("gradient-inversion.iterations=3", "candidate-match.candidates=10", "candidate-match.labels=1")
+QUICK = (
+    "gradient-inversion.iterations=3", "candidate-match.candidates=10", "candidate-match.labels=1",
+    "template-inversion.training=3", "template-inversion.iterations=3", "template-inversion.components=10",
+)  # fmt: skip
 
 
 def test_the_document_of_a_run_is_the_contract(runs: dict[str, Path]) -> None:
@@ -170,6 +173,35 @@ def test_features_are_recovered_from_a_backbone_alone(runs: dict[str, Path]) -> 
     assert {"target", "class", "cosine"} == set(entry["samples"][0])
     held = results(runs["fedgc"], "embedding-recovery")["embedding-recovery", "server"]
     assert "nearest-class-embedding" in held["baselines"]
+
+
+def test_faces_of_class_embeddings_are_judged_by_the_gallery(runs: dict[str, Path]) -> None:
+    seen = results(runs["fedgc"], "template-inversion")
+    assert "no class embedding of anybody else" in seen["template-inversion", "client"]["refused"]
+    entry = seen["template-inversion", "server"]
+    assert entry["targets"] == RunDirectory(runs["fedgc"]).about()["classes"]
+    assert set(entry["metrics"]) == {"psnr", "ssim", "psnr_gain", "embedding_cosine", "rank1", "rank5", "auc"}
+    assert set(entry["baselines"]) == {
+        "mean-face",
+        "nearest-auxiliary-face",
+        "noise",
+        "another-class",
+        "class-embedding",
+    }
+    linked = results(runs["fedgc"], "identity-linkage")["identity-linkage", "server"]
+    for metric in ("rank1", "auc"):  # the same class embeddings against the same people
+        assert entry["baselines"]["class-embedding"][metric]["value"] == linked["metrics"][metric]["value"]
+    folder = runs["fedgc"] / entry["folder"]
+    assert stat.S_IMODE((folder / "grid.png").stat().st_mode) == 0o600
+    assert not entry["samples"]  # they are in the owner-only samples.csv
+
+
+def test_faces_of_features_from_a_step_are_judged_by_its_photos(runs: dict[str, Path]) -> None:
+    settings = (*QUICK, "template-inversion.source=face-embeddings")
+    (entry,) = attack(runs["fedpe"], ["template-inversion"], ["server"], settings=settings, targets=2)
+    assert {"psnr", "ssim", "psnr_gain"} == set(entry["metrics"])
+    assert set(entry["variants"]) == {"batch_size=2"}
+    assert entry["targets"] == 2
 
 
 def test_a_result_is_found_unless_forced(runs: dict[str, Path], tmp_path: Path) -> None:

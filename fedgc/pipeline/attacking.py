@@ -148,7 +148,7 @@ def _with_variants(
 
 def _jobs(run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None) -> list[Job]:
     names = [n for n in run.transcripts() if round_of(n) in rounds]
-    if attack.target == "round":
+    if attack.reads == "round":
         whole = tuple(n for n in names if size_of(n) is None)
         return [Job(attack, threat, whole, rounds, None, targets)]
     sizes: dict[tuple[int, int], list[str]] = {}
@@ -210,7 +210,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         )
     entry.update(
         targets=len(scores.samples), seconds=round(time.monotonic() - started, 2), metrics=scores.metrics,
-        baselines=dict(scores.baselines), samples=scores.samples if job.attack.target == "step" else [],
+        baselines=dict(scores.baselines), samples=scores.samples if job.attack.reads == "step" else [],
         failed=sum(r.failed for r in found.values()), iterations=sum(r.iterations for r in found.values()),
         folder=str(folder.relative_to(run.path)),
     )  # fmt: skip
@@ -233,7 +233,7 @@ def _scores(
         return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
     auxiliary = run.load_knowledge().auxiliary_faces
     assert auxiliary is not None
-    return judged(run, job.attack.target, job.threat, found, auxiliary, rng)
+    return judged(run, job.attack.reads, job.threat, found, auxiliary, rng)
 
 
 def no_message(observation: Observation) -> str | None:

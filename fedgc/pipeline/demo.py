@@ -15,7 +15,10 @@ SETTINGS: dict[str, Any] = {
     "federation": {"clients": 4, "rounds": 10, "lr": 0.1},
     "record": {"rounds": "last", "victims": 16, "batch_sizes": [1, 4]},
 }
-ATTACK_SETTINGS = ("gradient-inversion.iterations=100", "feature-inversion.iterations=100")
+ATTACK_SETTINGS = (
+    "gradient-inversion.iterations=100", "feature-inversion.iterations=100", "template-inversion.iterations=50",
+    "template-inversion.training=50",
+)  # fmt: skip
 
 
 def demo_cells() -> list[Cell]:

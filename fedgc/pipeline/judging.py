@@ -12,13 +12,12 @@ from torch import Tensor
 
 from attacks.gradient_inversion import GradientInversion
 from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels
-from fedgc.algorithms import backbone_part
-from fedgc.models import build_backbone
+from fedgc.models import load_backbone
 from fedgc.pipeline.linking import round_scores
 from fedgc.pipeline.working import CLIENTS, SEAT, Job
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
-from fedgc.types import BACKBONE, HEAD, Observation, Reconstruction, Transcript
+from fedgc.types import HEAD, Observation, Reconstruction, Transcript
 
 STRANGERS = 256  # auxiliary photos whose mean feature is a baseline
 
@@ -29,7 +28,7 @@ def judged(
 ) -> Scores:  # fmt: skip
     """Scores of what one attack of a ``target`` ("round" or "step") found in each transcript, from one seat."""
     if target == "round":
-        return round_scores(run, found, rng)
+        return round_scores(run, threat, found, rng)
     seat = SEAT if threat in CLIENTS else None
     groups = {name: batches(r, run.load_truth(name), seat) for name, r in found.items()}
     every = [g for of_one in groups.values() for g in of_one]
@@ -65,9 +64,7 @@ def _features(run: RunDirectory, name: str, threat: str, groups: list[Batch], au
 def features_at(transcript: Transcript, photos: Tensor, batch: int = 64) -> Tensor:
     """Unit features (n, d) of photos (n, 3, S, S) at the backbone that the server sent out, by the forward pass that a recorded
     step takes: not averaged with the mirror image, norms in evaluation mode."""
-    backbone = build_backbone(transcript.constants.spec, seed=0).eval()
-    start = {n.removeprefix(BACKBONE): t.cpu() for n, t in backbone_part(transcript.broadcast).items()}
-    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    backbone = load_backbone(transcript.constants.spec, transcript.broadcast)
     return F.normalize(torch.cat([backbone(x) for x in photos.split(batch)]), dim=1)
 
 

@@ -11,18 +11,37 @@ from torch import Tensor
 from attacks.identity_linkage import person_embeddings
 from eval.probes import Read, score_probe
 from eval.scoring import Scores, score_linkage
-from fedgc.models import load_backbone
+from eval.template_faces import score_faces
+from fedgc.models import embed, load_backbone
 from fedgc.pipeline.working import SEAT
 from fedgc.runs import RunDirectory
+from fedgc.threats import THREATS
 from fedgc.types import HEAD, Reconstruction, Transcript
 
 
-def round_scores(run: RunDirectory, found: Mapping[str, Reconstruction], rng: np.random.Generator) -> Scores:
-    """Scores by what was returned: embeddings of strangers, or similarities with the people of the gallery."""
+def round_scores(
+    run: RunDirectory, threat: str, found: Mapping[str, Reconstruction], rng: np.random.Generator
+) -> Scores:
+    """Scores by what was returned: faces, embeddings of strangers, or similarities with the people of the gallery."""
     mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
-    if next(iter(found.values())).embeddings is not None:
-        return _probe_scores(run, found, mates, rng)
-    return score_linkage(next(iter(found.values())), mates, rng)
+    name, one = next(iter(found.items()))
+    if one.images is not None:
+        return _faces(run, name, threat, one, mates, rng)
+    return score_linkage(one, mates, rng) if one.embeddings is None else _probe_scores(run, found, mates, rng)
+
+
+def _faces(
+    run: RunDirectory, name: str, threat: str, found: Reconstruction, mates: Mapping[int, int], rng: np.random.Generator
+) -> Scores:
+    """Images of class embeddings, against other photos of their people and in the attacked model's own eyes."""
+    observation = THREATS[threat].observe(run.load_transcript(name), seat=SEAT)
+    rows, owned = observation.class_embeddings, run.load_knowledge()
+    assert rows is not None and observation.global_model is not None  # noqa: PT018
+    assert owned.gallery is not None and owned.auxiliary_faces is not None  # noqa: PT018
+    backbone = load_backbone(observation.public_constants.spec, observation.global_model)
+    looks = lambda images: embed(backbone, (images * 255).round().clamp(0, 255).to(torch.uint8))  # noqa: E731
+    of_classes = dict(zip(rows.classes, rows.weight, strict=True))
+    return score_faces(found, mates, owned.gallery, owned.auxiliary_faces, of_classes, looks, rng)
 
 
 def _probe_scores(
