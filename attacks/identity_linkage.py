@@ -1,5 +1,5 @@
-"""Who is behind a class embedding: late in training it points to its person's mean feature, so a photo finds
-its owner."""
+"""Who is behind an embedding: late in training a class embedding points to its person's mean feature, so a photo finds its
+owner. So do features that an update gives away, and the change of a class embedding, which points to the photos of a round."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from attacks.adapters import adapted, own_recogniser
+from attacks.embedding_recovery import EmbeddingRecovery
+from attacks.shadows import strangers
+from attacks.updates import targets
 from fedgc.models import embed, load_backbone
-from fedgc.types import Attack, Gallery, Observation, Progress, Reconstruction
+from fedgc.types import HEAD, Attack, Gallery, Observation, Progress, Reconstruction, Tensors
+
+_GALLERY = frozenset({"global-model", "gallery"})
 
 
 def person_embeddings(backbone: torch.nn.Module, gallery: Gallery) -> Tensor:
@@ -22,31 +29,101 @@ def person_embeddings(backbone: torch.nn.Module, gallery: Gallery) -> Tensor:
 
 def person_scores(observation: Observation, embeddings: Tensor) -> Tensor:
     """(n, G) cosine of embeddings (n, d) with the people of the gallery, whose features the released model gives."""
-    model, gallery = observation.global_model, observation.gallery
-    assert model is not None and gallery is not None  # noqa: PT018
-    backbone = load_backbone(observation.public_constants.spec, model)
-    return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
+    assert observation.global_model is not None and observation.gallery is not None  # noqa: PT018
+    backbone = load_backbone(observation.public_constants.spec, observation.global_model)
+    return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, observation.gallery).T
 
 
 class IdentityLinkage(Attack):
-    """Cosine of each class embedding with each person of a gallery. No optimisation: one forward pass of the
-    gallery."""
+    """Cosine of each embedding with each person of a gallery. No optimisation: one forward pass of the gallery.
+
+    source: "class-embeddings"; "embedding-changes", what a round did to each of them, which the photos of that round did;
+    "face-embeddings", what `embedding-recovery` finds in recorded steps. through: "own", the gallery in the attacked model's
+    features; "adapter", in those of a recogniser that the attacker trained on strangers for ``epochs``, with a linear map between
+    the two: templates against somebody else's database.
+    """
 
     name: Literal["identity-linkage"] = "identity-linkage"
-    needs: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"class-embeddings", "global-model", "gallery"}),)
+    needs: ClassVar[tuple[frozenset[str], ...]] = (_GALLERY | {"class-embeddings"},)
     target: ClassVar[Literal["round", "step"]] = "round"
     summary: ClassVar[str] = "names the people behind class embeddings by photos of candidates"
 
+    source: Literal["class-embeddings", "embedding-changes", "face-embeddings"] = "class-embeddings"
+    through: Literal["own", "adapter"] = "own"
+    epochs: int = Field(default=30, ge=1)
+
+    @property
+    def reads(self) -> Literal["round", "step"]:
+        return "step" if self.source == "face-embeddings" else "round"
+
+    def needed(self) -> tuple[frozenset[str], ...]:
+        more = {"auxiliary-faces"} if self.through == "adapter" else set()
+        if self.source == "class-embeddings":
+            return tuple(need | more for need in self.needs)
+        return tuple(_GALLERY | more | {updates} for updates in ("client-updates", "aggregate"))
+
     def refusal(self, observation: Observation) -> str | None:
         why = super().refusal(observation)
-        if why and observation.class_embeddings is None:
+        if why and self.source == "class-embeddings" and observation.class_embeddings is None:
             why += ": no class embedding of anybody else reaches it, so there is nothing to link"
         return why
 
+    def unsuitable(self, observation: Observation) -> str | None:
+        faces, people = observation.auxiliary_faces, observation.auxiliary_people
+        if self.through == "adapter" and (faces is None or people is None or strangers(faces, people) is None):
+            return "needs eight strangers or more of three photos each, told apart, to train a recogniser of its own on"
+        if self.source == "face-embeddings":
+            return EmbeddingRecovery().unsuitable(observation)
+        if self.source == "embedding-changes" and not any(HEAD in u.delta for u in targets(observation)):
+            return (
+                f"no change of a class embedding reaches the seat '{observation.threat}' under {observation.algorithm}"
+            )
+        return None
+
     def run(self, observation: Observation, generator: torch.Generator, progress: Progress) -> Reconstruction:
-        """scores: float32 (n, G), row i for the class ``sources[i]``."""
-        rows = observation.class_embeddings
-        assert rows is not None
-        scores = person_scores(observation, rows.weight.detach().cpu().float())
+        """scores: float32 (n, G), row i for the class (or, of recorded steps, the client) ``sources[i]``; embeddings: float32
+        (n, d), what was linked, of recorded steps alone. A feature that was not found is at cosine zero with everybody."""
+        sources, embeddings, model = self._embeddings(observation, generator)
+        scores = self._scores(observation, model, embeddings, generator, progress)
         progress(1, 1)
-        return Reconstruction(tuple(rows.classes), scores=scores)
+        return Reconstruction(sources, scores=scores, embeddings=embeddings if self.reads == "step" else None)
+
+    def _embeddings(
+        self, observation: Observation, generator: torch.Generator
+    ) -> tuple[tuple[int, ...], Tensor, Tensors]:
+        """Whose each embedding is, the embeddings (n, d), and the model to whose features they belong."""
+        model, rows = observation.global_model, observation.class_embeddings
+        assert model is not None
+        match self.source:
+            case "class-embeddings":
+                assert rows is not None
+                return tuple(rows.classes), rows.weight.detach().cpu().float(), model
+            case "face-embeddings":
+                found = EmbeddingRecovery()(observation, generator)
+                assert found.embeddings is not None
+                return found.sources, found.embeddings, targets(observation)[0].before
+        total: dict[int, Tensor] = {}
+        for update in targets(observation):
+            for c, change in zip(update.classes, update.delta.get(HEAD, ()), strict=False):
+                total[c] = total.get(c, 0) + change.detach().cpu().float()
+        return tuple(total), torch.stack(list(total.values())), model
+
+    def _scores(
+        self,
+        observation: Observation,
+        model: Tensors,
+        embeddings: Tensor,
+        generator: torch.Generator,
+        progress: Progress,
+    ) -> Tensor:
+        backbone, gallery = load_backbone(observation.public_constants.spec, model), observation.gallery
+        assert gallery is not None
+        if self.through == "own":
+            return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
+        faces, people = observation.auxiliary_faces, observation.auxiliary_people
+        assert faces is not None and people is not None  # noqa: PT018
+        other = own_recogniser(
+            faces, people, observation.public_constants, self.epochs, generator, lambda e: progress(e, self.epochs + 1)
+        )
+        mapped = F.normalize(embeddings, dim=1) @ adapted(backbone, other, faces)
+        return F.normalize(mapped, dim=1) @ person_embeddings(other, gallery).T

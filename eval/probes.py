@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.scoring import Metrics, Scores, ranks_of
+from eval.linkage import ranks_of
+from eval.scoring import Metrics, Scores
 from eval.statistics import bootstrap_mean, rate
 
 REACHED = 0.9  # cosine from which a class embedding counts as reached

@@ -17,8 +17,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from eval.fidelity import align, fidelity_summary, psnr, ssim
-from eval.linkability import d_sys, tpir
-from eval.recognition import identification
 from eval.statistics import Measured, bootstrap_mean, bootstrap_median, rate
 from fedgc.types import Reconstruction, Truth
 
@@ -46,6 +44,7 @@ class Batch:
     found: Tensor | None
     embeddings: Tensor | None = None
     every: Tensor | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ def batches(reconstruction: Reconstruction, truth: Truth, seat: int | None) -> l
                 pick(reconstruction.labels),
                 pick(reconstruction.embeddings),
                 None if reconstruction.every is None else reconstruction.every[:, mine],
+                pick(reconstruction.scores),
             )
         )
     return out
@@ -138,10 +138,16 @@ def _cosines(found: Tensor | None, true: Tensor) -> np.ndarray:
     """(n,) cosine of each true unit feature (n, d) with the found one assigned to it, 0 where there is none."""
     cosines = np.zeros(len(true))
     if found is not None:
-        table = (F.normalize(true.double(), dim=1) @ F.normalize(found.double(), dim=1).T).clamp(-1, 1).numpy()
-        rows, columns = linear_sum_assignment(table, maximize=True)
+        rows, columns, table = assigned(found, true)
         cosines[rows] = table[rows, columns]
     return cosines
+
+
+def assigned(found: Tensor, true: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """True features (n, d) and found ones (m, d) one to one, with the greatest sum of cosines: places in both, all cosines."""
+    table = (F.normalize(true.double(), dim=1) @ F.normalize(found.double(), dim=1).T).clamp(-1, 1).numpy()
+    rows, columns = linear_sum_assignment(table, maximize=True)
+    return rows, columns, table
 
 
 def _nearest_rows(f: Features) -> np.ndarray:
@@ -206,45 +212,3 @@ def _nearest(originals: Tensor, auxiliary: Tensor) -> Tensor:
 
 def _finite(value: float) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
-
-
-def score_linkage(reconstruction: Reconstruction, mates: Mapping[int, int], rng: np.random.Generator) -> Scores:
-    """rank1, rank5 and auc of class embeddings against a gallery; mates: gallery number of each class.
-
-    Classes without a held-out photo have no mate and are left out. Baseline: random embeddings in place of the stolen ones.
-    """
-    scores = reconstruction.scores
-    assert scores is not None
-    rows = [i for i, c in enumerate(reconstruction.sources) if c in mates]
-    truth = np.array([mates[reconstruction.sources[i]] for i in rows])
-    size = scores.shape[1]
-    metrics = linkage(scores[rows], truth, rng)
-    noise = torch.from_numpy(rng.standard_normal((len(rows), size)).astype(np.float32))
-    baselines = {"random-embedding": linkage(noise, truth, rng)}
-    ranks = ranks_of(scores[rows], truth)
-    samples = [
-        {"target": n, "class": reconstruction.sources[i], "rank": int(r), "gallery": size}
-        for n, (i, r) in enumerate(zip(rows, ranks, strict=True))
-    ]
-    return Scores(metrics, baselines, samples)
-
-
-def ranks_of(scores: Tensor, truth: np.ndarray) -> np.ndarray:
-    """Rank of the true person by similarity, ties broken against the attacker."""
-    s = scores.numpy()
-    return (s >= s[np.arange(len(truth)), truth][:, None]).sum(axis=1)
-
-
-def linkage(scores: Tensor, truth: np.ndarray, rng: np.random.Generator) -> Metrics:
-    """rank1, rank5 and auc of similarities (n, G) with the people of a gallery; truth: (n,) whose each row is."""
-    found = identification(ranks_of(scores, truth), scores.shape[1], rng=rng)
-    s = scores.numpy()
-    own = s[np.arange(len(truth)), truth]
-    mated = np.zeros(s.shape, dtype=bool)
-    mated[np.arange(len(truth)), truth] = True
-    others = s[~mated].reshape(len(truth), -1)
-    wins = (own[:, None] > others).mean(axis=1) + 0.5 * (own[:, None] == others).mean(axis=1)
-    found["auc"] = replace(bootstrap_mean(wins, rng=rng), chance=0.5)
-    found |= {f"tpir@fpir={rate:g}": tpir(s, truth, rate, rng) for rate in (0.1, 0.01)}
-    found["d_sys"] = d_sys(own, others, rng)
-    return {name: m.to_json() for name, m in found.items()}

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.fidelity import fidelity_summary, psnr, ssim
-from eval.scoring import Metrics, Scores, linkage, ranks_of
+from eval.linkage import linkage, ranks_of
+from eval.scoring import Metrics, Scores
 from eval.statistics import bootstrap_mean, bootstrap_median
 from fedgc.types import Gallery, Reconstruction
 

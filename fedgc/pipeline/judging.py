@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.gradient_inversion import GradientInversion
+from eval.linkage import score_photos
 from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels
 from fedgc.models import load_backbone
-from fedgc.pipeline.linking import round_scores
+from fedgc.pipeline.linking import mates_of, round_scores
 from fedgc.pipeline.working import CLIENTS, SEAT, Job
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
@@ -32,14 +33,16 @@ def judged(
     seat = SEAT if threat in CLIENTS else None
     groups = {name: batches(r, run.load_truth(name), seat) for name, r in found.items()}
     every = [g for of_one in groups.values() for g in of_one]
+    looked = lambda: [f for name, g in groups.items() for f in _features(run, name, threat, g, auxiliary)]  # noqa: E731
+    if every[0].scores is not None:
+        return score_photos(every, looked(), mates_of(run), rng)
     parts = []
     if every[0].found is not None:
         metrics, baselines = score_labels(every, run.about()["classes"], rng)
         samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in every]))]
         parts.append(Scores(metrics, baselines, samples))
     if every[0].embeddings is not None:
-        features = [f for name, of_one in groups.items() for f in _features(run, name, threat, of_one, auxiliary)]
-        parts.append(score_embeddings(every, features, rng))
+        parts.append(score_embeddings(every, looked(), rng))
     if every[0].images is not None:
         parts.append(score_images(every, auxiliary, rng))
     last = parts[-1]  # what is shown of each target; pictures where there are any

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from attacks.identity_linkage import person_embeddings
+from eval.linkage import score_linkage
 from eval.probes import Read, score_probe
-from eval.scoring import Scores, score_linkage
+from eval.scoring import Scores
 from eval.template_faces import score_faces
 from fedgc.models import embed, load_backbone
 from fedgc.pipeline.working import SEAT
@@ -23,11 +24,16 @@ def round_scores(
     run: RunDirectory, threat: str, found: Mapping[str, Reconstruction], rng: np.random.Generator
 ) -> Scores:
     """Scores by what was returned: faces, embeddings of strangers, or similarities with the people of the gallery."""
-    mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
+    mates = mates_of(run)
     name, one = next(iter(found.items()))
     if one.images is not None:
         return _faces(run, name, threat, one, mates, rng)
     return score_linkage(one, mates, rng) if one.embeddings is None else _probe_scores(run, found, mates, rng)
+
+
+def mates_of(run: RunDirectory) -> dict[int, int]:
+    """The person of the gallery that each class is; private."""
+    return {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
 
 
 def _faces(

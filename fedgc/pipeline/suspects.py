@@ -10,6 +10,7 @@ import torch
 
 from eval.membership import score_membership
 from eval.scoring import Scores
+from fedgc.pipeline.linking import mates_of
 from fedgc.rng import generator
 from fedgc.runs import RunDirectory
 from fedgc.types import Gallery, Reconstruction
@@ -30,7 +31,7 @@ def line_up(run: RunDirectory, seat: int | None) -> LineUp:
     _, strangers = run.load_bystanders()
     gallery = run.load_knowledge().gallery
     assert gallery is not None
-    mates = {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
+    mates = mates_of(run)
     last = run.load_transcript(max(n for n in run.transcripts() if "-step-" not in n))
     known = [c for c, owner in enumerate(last.owners) if owner != seat and c in mates]
     photos = [gallery.images[gallery.people == mates[c]] for c in known]

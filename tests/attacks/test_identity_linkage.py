@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attacks.adapters import adapter
 from attacks.identity_linkage import IdentityLinkage, person_embeddings
+from fedgc.data.synthetic import synthetic_faces
 from fedgc.errors import RefusedError
 from fedgc.models import build_backbone
 from fedgc.rng import generator
@@ -59,3 +61,42 @@ def test_another_client_of_fedavg_sees_only_foreign_classes(world) -> None:
 def test_without_foreign_class_embeddings_it_is_refused_and_says_why(world, algorithm: str, threat: str) -> None:
     with pytest.raises(RefusedError, match="no class embedding of anybody else reaches it"):
         IdentityLinkage()(world(algorithm, kind="round").seen_by(threat), generator(0))
+
+
+def test_changes_of_class_embeddings_are_those_that_the_clients_sent(world) -> None:
+    observation = world("fedgc", kind="round").seen_by("server")
+    answer = IdentityLinkage(source="embedding-changes")(observation, generator(0))
+    people = person_embeddings(backbone_of(observation), observation.gallery)
+    change = observation.client_updates[1].delta["head.weight"][2]
+    row = answer.sources.index(observation.client_updates[1].classes[2])
+    cosines = torch.nn.functional.normalize(change, dim=0) @ people.T
+    torch.testing.assert_close(answer.scores[row], cosines)
+    with pytest.raises(RefusedError, match="no change of a class embedding reaches the seat 'server' under fedpe"):
+        IdentityLinkage(source="embedding-changes")(world("fedpe", kind="round").seen_by("server"), generator(0))
+
+
+def test_features_of_a_step_are_linked_without_a_head(world) -> None:
+    built = world("fedpe", batch=1)
+    answer = IdentityLinkage(source="face-embeddings")(built.seen_by("server"), generator(0))
+    assert answer.sources == (0, 1)
+    assert answer.scores.argmax(dim=1).tolist() == built.truth.labels.flatten().tolist()
+
+
+def test_an_adapter_between_linear_spaces_is_exact() -> None:
+    features = torch.randn(200, 16, generator=generator("features"))
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator("turn")))[0]
+    torch.testing.assert_close(adapter(features, features @ turn), turn, rtol=0, atol=1e-3)
+
+
+def test_through_another_recogniser_people_are_still_ranked(world) -> None:
+    faces, people = synthetic_faces(20, 4, 32, seed=4)
+    observation = world("fedgc", kind="round").seen_by("server")
+    attack = IdentityLinkage(through="adapter", epochs=2)
+    with pytest.raises(RefusedError, match="eight strangers or more"):
+        attack(observation, generator(0))
+    owning = replace(observation, auxiliary_faces=faces.float() / 255, auxiliary_people=people)
+    own = person_embeddings(backbone_of(observation), observation.gallery)
+    rows = ClassEmbeddings(own, tuple(range(12)))
+    scores = attack(replace(owning, class_embeddings=rows), generator(0)).scores
+    ranks = (scores >= scores.diagonal()[:, None]).sum(dim=1)
+    assert float(ranks.float().mean()) < 4  # 6.5 by chance
