@@ -91,7 +91,7 @@ def network_judge(name: str, weights: str, backbone: nn.Module, side: int) -> Ju
 
 def dlib_judge(framing: Framing) -> Judge:
     """The residual network of dlib's ``dlib_face_recognition_resnet_model_v1.dat`` (King 2017): 128 features, trained on 3
-    million faces of 7,485 people, none of whom is in LFW as its author says. Raises UsageError where a package is missing."""
+    million faces of 7,485 people, none of them in LFW by its author's account. Raises UsageError where a package is missing."""
     network, digest = _dlib()
 
     def features(photos: Tensor) -> np.ndarray:

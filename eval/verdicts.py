@@ -43,7 +43,7 @@ class OperatingPoint:
 
 
 @dataclass(frozen=True)
-class Gate:
+class JudgeGate:
     """A judge's own accuracy on people whom nobody trained on, measured before it speaks.
 
     points: by FMR; impostor_mean, impostor_spread: mean and standard deviation of its cosines of different people.
@@ -68,7 +68,7 @@ class Gate:
         }  # fmt: skip
 
 
-def gate(embeddings: Array, people: ArrayLike, *, draws: int = DRAWS, rng: np.random.Generator) -> Gate:
+def judge_gate(embeddings: Array, people: ArrayLike, *, draws: int = DRAWS, rng: np.random.Generator) -> JudgeGate:
     """Verification of calibration people, embeddings (N, d), and the smallest thresholds with FMR <= 1 % and 0.1 %.
 
     Rates are identity-balanced step functions (`eval.pairs`). TAR is of the same people as its threshold, and so a little
@@ -79,7 +79,7 @@ def gate(embeddings: Array, people: ArrayLike, *, draws: int = DRAWS, rng: np.ra
     if scores.why_not:
         nothing = Measured.unsupported(f"calibration people: {scores.why_not}", n)
         point = OperatingPoint(nothing, np.empty(0))
-        return Gate(
+        return JudgeGate(
             nothing, nothing, dict.fromkeys(FMRS, nothing), dict.fromkeys(FMRS, point), 0.0, 1.0, n, scores.images
         )
     weights = identity_weights(n, draws, rng)
@@ -98,7 +98,7 @@ def gate(embeddings: Array, people: ArrayLike, *, draws: int = DRAWS, rng: np.ra
     share = scores.impostor_share[scores.impostor_pair]
     mean = float(np.average(scores.impostor, weights=share))
     spread = float(np.sqrt(np.average((scores.impostor - mean) ** 2, weights=share)))
-    return Gate(
+    return JudgeGate(
         _rate(whole.auc()[0], auc, n, 0.5), _rate(whole.eer()[0], eer, n, 0.5), tar, points, mean, spread, n, scores.images
     )  # fmt: skip
 
@@ -155,7 +155,7 @@ class Panel:
 
 
 def verdicts(
-    found: Floats, targets: Targets, judged_by: Gate, rivals: Mapping[str, Floats], rng: np.random.Generator
+    found: Floats, targets: Targets, judged_by: JudgeGate, rivals: Mapping[str, Floats], rng: np.random.Generator
 ) -> tuple[Metrics, dict[str, Metrics], Floats]:
     """Metrics of what was found, unit embeddings (n, d); the same of each rival (n, d); and each target's mean cosine (NaN
     where there is no photo to compare with).
@@ -190,7 +190,7 @@ def _panel(embeddings: Floats, targets: Targets, photos: bool | None) -> Panel:
     return Panel(np.concatenate(rows) if rows else np.empty(0), owner, targets.people[kept])
 
 
-def _measures(embeddings: Floats, targets: Targets, judged_by: Gate, rng: np.random.Generator) -> Metrics:
+def _measures(embeddings: Floats, targets: Targets, judged_by: JudgeGate, rng: np.random.Generator) -> Metrics:
     out: dict[str, Measured] = {}
     kinds = (("sar1", True), ("sar2", False)) if targets.photos is not None else (("sar2", False),)
     for kind, photos in kinds:

@@ -141,8 +141,8 @@ def fingerprint(tensors: Tensors) -> str:
 
 
 def _loaded(tensors: Tensors, spec: ModelSpec, name: str) -> nn.Module:
+    """The network with these weights; counters of BatchNorm are never saved."""
     backbone = build_backbone(spec, 0)
-    """Counters of BatchNorm are never saved."""
     fit = fitting(tensors, spec, 0, f"the judge {name}")
     backbone.load_state_dict({n.removeprefix(BACKBONE): t for n, t in fit.items()}, strict=False)
     return backbone

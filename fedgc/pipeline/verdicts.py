@@ -24,7 +24,7 @@ from eval.judges import Judge, in_bytes
 from eval.pairs import PairScores
 from eval.scoring import nearest
 from eval.statistics import Floats, Ints
-from eval.verdicts import Gate, Targets, another, gate, verdicts
+from eval.verdicts import JudgeGate, Targets, another, judge_gate, verdicts
 from fedgc.errors import RunError
 from fedgc.files import PRIVATE, read_json, read_tensors, write_json, write_tensors
 from fedgc.pipeline.judges import load_judges
@@ -60,14 +60,14 @@ class Memory:
         missing = sorted(i for name, i in first.items() if name not in self._kept)
         found = dict(self._kept)
         for start in range(0, len(missing), AT_ONCE):
-            self.watch(f"{self.judge.name} looks at {what}", start, len(missing))
+            self.watch(f"the judge looks at {what}", start, len(missing))
             part = missing[start : start + AT_ONCE]
             rows = self.judge(photos[part]).astype(np.float32).astype(np.float64)  # as they are kept
             found |= {names[i]: row for i, row in zip(part, rows, strict=True)}
             if keep:
                 self._keep(found)
         if missing:
-            self.watch(f"{self.judge.name} looks at {what}", len(missing), len(missing))
+            self.watch(f"the judge looks at {what}", len(missing), len(missing))
         return np.stack([found[name] for name in names])
 
     def _keep(self, found: dict[str, Floats]) -> None:
@@ -100,9 +100,11 @@ class Bench:
         return memories[int(np.argmax(aucs))]
 
     @cached_property
-    def gate(self) -> Gate:
+    def gate(self) -> JudgeGate:
         embeddings = self.look(self.calibration.images, "calibration people")
-        return gate(embeddings, self.calibration.people, rng=numpy_generator(self.seed, "judge", self.look.judge.key))
+        return judge_gate(
+            embeddings, self.calibration.people, rng=numpy_generator(self.seed, "judge", self.look.judge.key)
+        )
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eval.pairs import unit
-from eval.verdicts import FMRS, Gate, Targets, another, gate, verdicts
+from eval.verdicts import FMRS, JudgeGate, Targets, another, judge_gate, verdicts
 
 DRAWS = 200
 
@@ -21,8 +21,8 @@ def faces(people: int, each: int, seed: int, noise: float = 0.6) -> tuple[np.nda
 
 
 @pytest.fixture(scope="module")
-def judged_by() -> Gate:
-    return gate(*faces(100, 3, 0), draws=DRAWS, rng=np.random.default_rng(0))
+def judged_by() -> JudgeGate:
+    return judge_gate(*faces(100, 3, 0), draws=DRAWS, rng=np.random.default_rng(0))
 
 
 def grouped(embeddings: np.ndarray, each: int) -> list[np.ndarray]:
@@ -31,7 +31,7 @@ def grouped(embeddings: np.ndarray, each: int) -> list[np.ndarray]:
 
 def test_a_threshold_is_the_smallest_with_so_few_false_matches() -> None:
     embeddings, people = faces(80, 2, 1)
-    found = gate(embeddings, people, draws=DRAWS, rng=np.random.default_rng(0))
+    found = judge_gate(embeddings, people, draws=DRAWS, rng=np.random.default_rng(0))
     cosines = np.round(embeddings @ embeddings.T, 10)
     pairs = [
         cosines[np.ix_(people == a, people == b)].ravel() for a, b in itertools.combinations(range(80), 2)
@@ -54,7 +54,7 @@ def test_a_threshold_is_the_smallest_with_so_few_false_matches() -> None:
 
 
 def test_too_few_people_support_no_threshold_and_no_rate() -> None:
-    found = gate(*faces(20, 3, 2), draws=DRAWS, rng=np.random.default_rng(0))
+    found = judge_gate(*faces(20, 3, 2), draws=DRAWS, rng=np.random.default_rng(0))
     assert found.points[0.01].threshold.value is None
     embeddings, people = faces(20, 2, 3)
     targets = Targets(people[::2], embeddings[::2], grouped(embeddings[1::2], 1))
@@ -62,11 +62,11 @@ def test_too_few_people_support_no_threshold_and_no_rate() -> None:
     assert metrics["sar1@fmr=0.01"]["value"] is None
     assert "190 identity pairs" in metrics["sar1@fmr=0.01"]["why"]
     assert metrics["identity_similarity"]["value"] == pytest.approx(1)
-    alone = gate(*faces(1, 3, 2), draws=DRAWS, rng=np.random.default_rng(0))
+    alone = judge_gate(*faces(1, 3, 2), draws=DRAWS, rng=np.random.default_rng(0))
     assert "one identity" in str(alone.auc.why)
 
 
-def test_impostors_succeed_at_the_false_match_rate_and_the_person_does_not(judged_by: Gate) -> None:
+def test_impostors_succeed_at_the_false_match_rate_and_the_person_does_not(judged_by: JudgeGate) -> None:
     photos, _ = faces(600, 4, 4)
     strangers, _ = faces(600, 1, 5)
     sets = grouped(photos, 4)
@@ -87,7 +87,7 @@ def test_impostors_succeed_at_the_false_match_rate_and_the_person_does_not(judge
     assert set(baselines["genuine-photo"]) == {"sar2@fmr=0.01", "sar2@fmr=0.001"}
 
 
-def test_one_picture_for_everybody_is_no_better_than_chance_where_nobody_is_like_it(judged_by: Gate) -> None:
+def test_one_picture_for_everybody_is_no_better_than_chance_where_nobody_is_like_it(judged_by: JudgeGate) -> None:
     photos, people = faces(200, 2, 6)
     targets = Targets(people[::2], photos[::2], grouped(photos[1::2], 1))
     away = np.repeat(unit(np.random.default_rng(7).standard_normal((1, 16))), 200, axis=0)
@@ -97,7 +97,7 @@ def test_one_picture_for_everybody_is_no_better_than_chance_where_nobody_is_like
     assert metrics["identity_z"]["high"] < 0
 
 
-def test_sar2_is_the_share_of_the_other_photos_that_accept(judged_by: Gate) -> None:
+def test_sar2_is_the_share_of_the_other_photos_that_accept(judged_by: JudgeGate) -> None:
     picture, far = unit(np.eye(16)[:1])[0], unit(np.eye(16)[1:2])[0]
     others = [np.stack([picture, picture, far, far]), np.stack([far]), np.empty((0, 16))]
     targets = Targets(np.arange(3), None, others)
@@ -111,20 +111,19 @@ def test_sar2_is_the_share_of_the_other_photos_that_accept(judged_by: Gate) -> N
     assert np.isnan(mean[2])
 
 
-def test_photos_of_one_person_are_one_piece_of_evidence(judged_by: Gate) -> None:
+def test_photos_of_one_person_are_one_piece_of_evidence(judged_by: JudgeGate) -> None:
     photos, _ = faces(40, 1, 8)
     alone = Targets(np.arange(40), photos, [photos[i : i + 1] for i in range(40)])
     shared = Targets(np.arange(40) // 20, photos, alone.others)
-    found = photos.copy()
-    found[1::2] = -found[1::2]
-    width = []
-    for targets in (alone, shared):
-        m = verdicts(found, targets, judged_by, {}, np.random.default_rng(0))[0]["sar1@fmr=0.01"]
-        assert m["value"] == pytest.approx(0.5)
-        width.append((m["n"], m["high"] - m["low"]))
-    assert width[0][0] == 40
-    assert width[1][0] == 2
-    assert width[0][1] > 0.29  # at least Clopper-Pearson for 20 of 40
+    found = np.concatenate([photos[:20], -photos[20:]])
+    each, by_person = (
+        verdicts(found, targets, judged_by, {}, np.random.default_rng(0))[0]["sar1@fmr=0.01"]
+        for targets in (alone, shared)
+    )
+    assert each["value"] == by_person["value"] == pytest.approx(0.5)
+    assert (each["n"], by_person["n"]) == (40, 2)
+    assert 0.29 < each["high"] - each["low"] < 0.4  # Clopper-Pearson for 20 of 40 is 0.32 wide
+    assert (by_person["low"], by_person["high"]) == (0, 1)  # one person is accepted, the other is not
 
 
 def test_another_is_always_somebody_else() -> None:

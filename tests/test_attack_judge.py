@@ -15,7 +15,7 @@ import torch
 from tiny import TINY, Outcome
 
 from eval.judges import Framing, Judge, dlib_missing
-from eval.verdicts import gate
+from eval.verdicts import judge_gate
 from fedgc.config import load_config
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.errors import RunError, UsageError
@@ -275,6 +275,6 @@ def test_a_memory_looks_at_equal_photos_once(run: Path) -> None:
 
 def test_the_gate_of_a_judge_that_guesses_says_that_it_is_weak() -> None:
     draw = np.random.default_rng(0)
-    found = gate(draw.standard_normal((90, 8)), np.arange(30).repeat(3), draws=100, rng=draw).to_json()
+    found = judge_gate(draw.standard_normal((90, 8)), np.arange(30).repeat(3), draws=100, rng=draw).to_json()
     assert found["auc"]["low"] < 0.6
     assert "weak judge" in found["note"]
