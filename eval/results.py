@@ -23,7 +23,9 @@ SEATS = ("server", "server-secagg", "client", "probing-client", "outsider")
 METRICS: dict[str, tuple[str, str]] = {
     "rank1": ("named at rank 1", "%"), "rank5": ("named within rank 5", "%"), "auc": ("AUC", ""),
     "sar1@fmr=0.01": ("SAR-I at FMR 1 %", "%"), "sar2@fmr=0.01": ("SAR-II at FMR 1 %", "%"),
-    "identity_similarity": ("identity similarity", ""), "psnr_gain": ("PSNR above the mean face", "±dB"),
+    "sar1@fmr=0.001": ("SAR-I at FMR 0.1 %", "%"), "sar2@fmr=0.001": ("SAR-II at FMR 0.1 %", "%"),
+    "identity_similarity": ("identity similarity", ""), "identity_z": ("identity similarity, in σ of strangers", ""),
+    "psnr_gain": ("PSNR above the mean face", "±dB"),
     "psnr": ("PSNR", "dB"), "ssim": ("SSIM", ""), "label_accuracy": ("labels found", "%"),
     "embedding_cosine": ("embedding cosine", ""), "tpr@fpr=0.01": ("TPR at FPR 1 %", "%"),
     "epsilon_lower_bound": ("ε, lower bound", ""), "eer": ("EER", "%"), "tar@far=0.1": ("TAR at FAR 0.1", "%"),
@@ -38,6 +40,7 @@ UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
 COLUMNS = (
     "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
     "n", "chance", "ceiling", "baseline", "refused", "why", "round", "targets", "far", "note", "local_steps",
+    "judge",
 )  # fmt: skip
 
 
@@ -284,7 +287,7 @@ def table(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         rows += _rows({**about, "attack": "utility"}, run.about.get("utility", {}), run.about.get("baselines", {}))
         for entry in run.entries:
             keys = ("threat", "attack", "batch_size", "local_steps", "round", "targets", "refused")
-            head = {**about, **{key: entry.get(key) for key in keys}}
+            head = {**about, **{key: entry.get(key) for key in keys}, "judge": (entry.get("judge") or {}).get("name")}
             if entry.get("refused"):
                 rows.append(head)
             rows += _rows(head, entry["metrics"], entry.get("baselines", {}))

@@ -165,7 +165,7 @@ def score_images(groups: Sequence[Batch], auxiliary: Tensor, rng: np.random.Gene
     found, missing = torch.cat([a for a, _ in aligned]), sum(m for _, m in aligned)
     mean = auxiliary.mean(dim=0, keepdim=True).expand_as(originals)
     noise = torch.from_numpy(rng.random(originals.shape, dtype=np.float32))
-    rivals = {"mean-face": mean, "nearest-auxiliary-face": _nearest(originals, auxiliary), "noise": noise}
+    rivals = {"mean-face": mean, "nearest-auxiliary-face": nearest(originals, auxiliary), "noise": noise}
     own = psnr(found, originals).numpy()
     gain = own - psnr(mean, originals).numpy()
     metrics = {
@@ -205,7 +205,8 @@ def _best_restart(group: Batch) -> Tensor:
     return scores[scores.mean(dim=1).argmax()]
 
 
-def _nearest(originals: Tensor, auxiliary: Tensor) -> Tensor:
+def nearest(originals: Tensor, auxiliary: Tensor) -> Tensor:
+    """For each original the auxiliary face with the least squared distance, shapes (n, C, H, W)."""
     distance = torch.cdist(originals.flatten(1), auxiliary.flatten(1))
     return auxiliary[distance.argmin(dim=1)]
 

@@ -258,4 +258,11 @@ def batch_text(entry: Entry) -> str:
 
 
 def _settings(entry: Entry) -> str:
-    return ", ".join(f"{k} = {v}" for k, v in (entry.get("settings") or {}).items() if k != "name")
+    settings = [f"{k} = {v}" for k, v in (entry.get("settings") or {}).items() if k != "name"]
+    judge = entry.get("judge")
+    if judge:
+        auc = shown(judge["auc"], "auc")
+        settings.append(
+            f"judge {judge['name']}: AUC {auc['text']} {auc['interval']} on {judge['people']} calibration people"
+        )
+    return ", ".join(settings)

@@ -51,8 +51,9 @@ BASELINES = {
     "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
     "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
     "nearest-class-embedding": "nearest class embedding",
-    "another-update": "another client's update",
+    "another-update": "another client's update", "another-victim": "a photo of another victim",
     "another-class": "another person's face", "class-embedding": "the class embedding itself",
+    "another-reconstruction": "another victim's reconstruction", "genuine-photo": "a photo of the person itself",
 }  # fmt: skip
 LEDGER = (
     (
@@ -86,6 +87,12 @@ LEDGER = (
         "DP-aware",
         "Only candidate-match models the clipping and noise of a defense. The other attacks do not, so that small leakage "
         "under noise is a lower bound only in their rows.",
+    ),
+    (
+        "Judge",
+        "A recogniser trained on other people, which no attack can reach. Its thresholds come from people whom nobody trained "
+        "on, so that an impostor is accepted at the FMR named. SAR-I compares with the very photo, SAR-II with others of the "
+        "person.",
     ),
     (
         "Behaviour",

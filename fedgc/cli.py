@@ -209,13 +209,16 @@ def evaluate(run: Path, source: str | None, pairs: Path | None, as_json: bool) -
     type=click.IntRange(min=1),
     help="Photos to attack. [default: 8 where an attack is costly, else all recorded]",
 )
+@click.option(
+    "--judge", metavar="NAME", help="Who says whether pictures show the person: see `list judges`. [default: nobody]"
+)
 @click.option("--round", "which", default="last", show_default=True, help="A recorded round: last, all, or its number.")
 @set_option
 @click.option("--force", is_flag=True, help="Attack again where a result exists.")
 @json_option
 def attack(
     run: Path, attacks: Sequence[str], threats: Sequence[str], targets: int | None, which: str,
-    settings: Sequence[str], force: bool, as_json: bool,
+    judge: str | None, settings: Sequence[str], force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Attack what each seat saw of a finished RUN (or of a bare checkpoint file: the seat is then outsider).
 
@@ -225,8 +228,8 @@ def attack(
 
     with watching() as watch:
         entries = run_attacks(
-            run, attacks, threats, targets=targets, round=which, settings=settings, force=force, watch=watch
-        )
+            run, attacks, threats, targets=targets, round=which, settings=settings, force=force, judge=judge, watch=watch,
+        )  # fmt: skip
     show(as_json, entries, lambda ui: ui.attacks(entries))
 
 
@@ -274,7 +277,7 @@ def report(runs: Sequence[Path], out: Path, no_originals: bool, gates: Sequence[
         click.echo(line, err=True)
 
 
-KINDS = ("attacks", "defenses", "threats", "algorithms", "models", "datasets")
+KINDS = ("attacks", "defenses", "threats", "algorithms", "models", "judges", "datasets")
 
 
 @cli.command("list")

@@ -173,10 +173,14 @@ def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
         table.add_section()
     if table.row_count:
         console.print(table)
-    for entry in entries:
-        for m in entry["metrics"].values():
-            if m.get("note"):
-                say(f"{entry['attack']} from {entry['threat']}: {m['note']}", style="dim")
+    noted = [(entry, m["note"]) for entry in entries for m in entry["metrics"].values() if m.get("note")]
+    for line in dict.fromkeys(f"{entry['attack']} from {entry['threat']}: {note}" for entry, note in noted):
+        say(line, style="dim")
+    for judge in {e["judge"]["name"]: e["judge"] for e in entries if "judge" in e}.values():
+        say(f"judge {judge['name']}, on {judge['people']} people whom nobody trained on: AUC {measured(judge['auc'])}, "
+            f"EER {measured(judge['eer'])}, TAR at FMR 1 % {measured(judge['tar@fmr=0.01'])}")  # fmt: skip
+        if judge.get("note"):
+            say(f"judge {judge['name']}: {judge['note']}", style="yellow")
     for entry in entries:
         if entry["refused"]:
             console.print(

@@ -25,6 +25,7 @@ from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_jso
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.judging import judged, optimisation_limited
 from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
+from fedgc.pipeline.verdicts import Bench
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct, sized
 from fedgc.rng import numpy_generator
@@ -38,11 +39,12 @@ DEFAULT_TARGETS = 8  # photos, where an attack is costly
 
 def attack(
     path: Path, attacks: Sequence[str] = (), threats: Sequence[str] = (), *, targets: int | None = None,
-    round: str = "last", settings: Sequence[str] = (), force: bool = False, watch: Watch = silent,
+    round: str = "last", settings: Sequence[str] = (), force: bool = False, judge: str | None = None, watch: Watch = silent,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run attacks from seats; returns the document of ``attack --json``, one entry an attack and seat.
 
-    Results that exist are read back unless ``force``. Raises RefusedError when the only combination asked for is refused.
+    Results that exist are read back unless ``force``. judge: who says whether pictures show the person, if anybody.
+    Raises RefusedError when the only combination asked for is refused.
     """
     chosen = [make_attack(name, settings) for name in attacks or ATTACKS]
     if path.is_file():
@@ -52,8 +54,9 @@ def attack(
     run.finished()
     seats = [_known(name, THREATS, "threat") for name in threats or usual_seats(run)]
     at = tuple(recorded_rounds(run, round))
+    bench = None if judge is None else Bench(run, judge, watch)
     jobs = [(a, seat, rounds) for a in chosen for seat in seats for rounds in ([at] if adds_up(a) else zip(at))]
-    return _unless_only_refusal([_with_variants(run, *job, targets, force, watch) for job in jobs])
+    return _unless_only_refusal([_with_variants(run, *job, targets, force, bench, watch) for job in jobs])
 
 
 def usual_seats(run: RunDirectory) -> list[str]:
@@ -132,10 +135,12 @@ def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
 
 
 def _with_variants(
-    run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None, force: bool, watch: Watch,
+    run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...], targets: int | None, force: bool,
+    bench: Bench | None, watch: Watch,
 ) -> dict[str, Any]:  # fmt: skip
     """The result of one attack from one seat; for recorded steps the smallest batch leads, and others are variants."""
     results = [_result(run, job, force, watch) for job in _jobs(run, attack, threat, rounds, targets)]
+    results = results if bench is None else [bench.judged(result) for result in results]
     if not results:
         why = f"no single steps were recorded in round {rounds[-1]}: record.victims was 0"
         return _entry(run.path, attack, threat, rounds[-1], (), why)
@@ -276,7 +281,8 @@ def _save(
         for field in FIELDS
         if (value := getattr(r, field)) is not None
     }
-    write_tensors(folder / "reconstructions.safetensors", tensors, None, PRIVATE)
+    whose = {"sources": {name: r.sources for name, r in found.items()}}
+    write_tensors(folder / "reconstructions.safetensors", tensors, whose, PRIVATE)
     if scores.samples:
         text = io.StringIO()
         table = csv.DictWriter(text, list(scores.samples[0]))

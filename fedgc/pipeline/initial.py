@@ -53,7 +53,7 @@ def read_initial(config: Config) -> Initial | None:
         tensors, about = _published(name, spec, config.model.init_sha256)
     else:
         tensors, about = _own(Path(name), spec, config.model.init_sha256)
-    return Initial(fitting(tensors, spec, config.seed, name), {"path": name, **about})
+    return Initial(fitting(tensors, spec, config.seed, f"model.init = {name}"), {"path": name, **about})
 
 
 def _published(name: str, spec: ModelSpec, expected: str | None) -> tuple[Tensors, dict[str, Any]]:
@@ -74,7 +74,7 @@ def _own(path: Path, spec: ModelSpec, expected: str | None) -> tuple[Tensors, di
     """A finished run (its last checkpoint) or a checkpoint that this tool wrote."""
     _require(path)
     run = RunDirectory(path if path.is_dir() else path.parent.parent)
-    about = run.finished() if path.is_dir() else _around(run, path)
+    about = run.finished() if path.is_dir() else around(run, path)
     file = run.checkpoint_path(run.last_round()) if path.is_dir() else path
     tensors, header = read_tensors(file)
     try:
@@ -90,7 +90,7 @@ def _own(path: Path, spec: ModelSpec, expected: str | None) -> tuple[Tensors, di
     return backbone_part(tensors), {"sha256": digest, "source": about.get("source"), "datasets": seen}
 
 
-def _around(run: RunDirectory, file: Path) -> dict[str, Any]:
+def around(run: RunDirectory, file: Path) -> dict[str, Any]:
     """run.json of the run that a checkpoint lies in, if it lies in one."""
     return run.about() if file.parent == run.checkpoint_path(0).parent and run.exists else {}
 
@@ -121,7 +121,7 @@ def _same(name: str, trained: ModelSpec, spec: ModelSpec) -> None:
 def fitting(tensors: Tensors, spec: ModelSpec, seed: int, name: str) -> dict[str, Tensor]:
     """The tensors in the order of the network's own, once names, shapes, types and values are those of a network."""
     own = {BACKBONE + n: t for n, t in state_tensors(build_backbone(spec, seed)).items()}
-    say = f"model.init = {name} does not fit {spec.backbone} with norm = {spec.norm}"
+    say = f"{name} does not fit {spec.backbone} with norm = {spec.norm}"
     if odd := sorted(own.keys() ^ tensors.keys()):
         which = "lacks" if odd[0] in own else "also holds"
         raise UsageError(f"{say}: it {which} {odd[0]} ({len(odd)} names differ); it may be of another version")

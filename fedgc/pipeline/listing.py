@@ -9,11 +9,12 @@ from defenses.registry import DEFENSES
 from fedgc.algorithms import ALGORITHMS
 from fedgc.data.fetch import SOURCES
 from fedgc.models import BACKBONES
+from fedgc.pipeline.judges import listed
 from fedgc.threats import THREATS
 
 
 def listing(kind: str) -> list[dict[str, Any]]:
-    """Rows of {"name": …, …} for attacks, defenses, threats, algorithms, models or datasets."""
+    """Rows of {"name": …, …} for attacks, defenses, threats, algorithms, models, judges or datasets."""
     match kind:
         case "attacks":
             return [
@@ -45,6 +46,8 @@ def listing(kind: str) -> list[dict[str, Any]]:
                 }
                 for name, b in BACKBONES.items()
             ]  # fmt: skip
+        case "judges":
+            return listed()
         case _:
             return [
                 {"name": "synthetic", "what": "built-in synthetic faces, 120 people with 12 photos each"},

@@ -13,6 +13,7 @@ from eval.report import RunResult, build
 from fedgc.config import read_toml
 from fedgc.errors import GateError, RunError
 from fedgc.files import read_json, read_tensors
+from fedgc.pipeline.verdicts import with_verdict
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory
 
@@ -59,7 +60,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def load_result(path: Path) -> RunResult:
     run = RunDirectory(path)
     about = run.finished()
-    attacks = [read_json(p) for p in sorted((path / "attacks").glob("*/summary.json"))]
+    attacks = [with_verdict(p.parent, read_json(p)) for p in sorted((path / "attacks").glob("*/summary.json"))]
     return RunResult(str(path), about, read_toml(path / "config.toml"), attacks, pictures_of(path))
 
 
