@@ -23,7 +23,7 @@ from fedgc.runs import RunDirectory
 
 QUICK = (
     "gradient-inversion.iterations=3", "candidate-match.candidates=10", "candidate-match.labels=1",
-    "template-inversion.training=3", "template-inversion.iterations=3", "template-inversion.components=10",
+    "template-inversion.iterations=3", "template-inversion.components=10", "template-inversion.copies=1",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ QUICK = {
     "embedding-recovery": {},
     "feature-inversion": {"iterations": 3, "components": 10, "copies": 1},
     "identity-linkage": {},
-    "template-inversion": {"training": 3, "iterations": 3, "components": 10, "copies": 1},
+    "template-inversion": {"method": "both", "training": 3, "iterations": 3, "components": 10, "copies": 1},
     "candidate-match": {"labels": 2},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))
