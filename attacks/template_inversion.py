@@ -35,8 +35,9 @@ class TemplateInversion(Attack):
     mean feature of the auxiliary faces, since softmax does not see what all features share and leaves it out of the rows.
     "face-embeddings": what `embedding-recovery` finds in recorded steps, with that attack's needs.
 
-    method "decoder": `attacks.decoder`; "optimisation": search from the mean face; "both": search from the decoder's image;
-    "nearest": the auxiliary face with the nearest feature, which is no reconstruction at all.
+    method "optimisation": search from the mean face; "decoder": `attacks.decoder`, trained in ``training`` steps; "both": search
+    from the decoder's image, which ended no better on auxiliary people and takes three times as long; "nearest": the auxiliary
+    face with the nearest feature, which is no reconstruction at all.
     """
 
     name: Literal["template-inversion"] = "template-inversion"
@@ -46,7 +47,7 @@ class TemplateInversion(Attack):
     summary: ClassVar[str] = "faces for class embeddings, or for features recovered from a step"
 
     source: Literal["class-embeddings", "face-embeddings"] = "class-embeddings"
-    method: Literal["both", "decoder", "optimisation", "nearest"] = "both"
+    method: Literal["optimisation", "decoder", "both", "nearest"] = "optimisation"
     classes: int = Field(default=512, ge=1)
     shift: float = Field(default=0.5, ge=0, le=2)
     training: int = Field(default=200, ge=1)

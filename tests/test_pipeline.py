@@ -23,7 +23,7 @@ from fedgc.runs import RunDirectory
 
 QUICK = (
     "gradient-inversion.iterations=3", "candidate-match.candidates=10", "candidate-match.labels=1",
-    "template-inversion.training=3", "template-inversion.iterations=3", "template-inversion.components=10",
+    "template-inversion.iterations=3", "template-inversion.components=10", "template-inversion.copies=1",
 )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def test_faces_of_class_embeddings_are_judged_by_the_gallery(runs: dict[str, Pat
     assert "no class embedding of anybody else" in seen["template-inversion", "client"]["refused"]
     entry = seen["template-inversion", "server"]
     assert entry["targets"] == RunDirectory(runs["fedgc"]).about()["classes"]
-    assert set(entry["metrics"]) == {"psnr", "ssim", "psnr_gain", "embedding_cosine", "rank1", "rank5", "auc"}
+    assert {"psnr", "ssim", "psnr_gain", "embedding_cosine", "rank1", "rank5", "auc"} <= set(entry["metrics"])
     assert set(entry["baselines"]) == {
         "mean-face",
         "nearest-auxiliary-face",

@@ -16,9 +16,10 @@ SETTINGS: dict[str, Any] = {
     "record": {"rounds": "last", "victims": 16, "batch_sizes": [1, 4]},
 }
 ATTACK_SETTINGS = (
-    "gradient-inversion.iterations=100", "feature-inversion.iterations=100", "template-inversion.iterations=50",
-    "template-inversion.training=50",
-)  # fmt: skip
+    "gradient-inversion.iterations=100",
+    "feature-inversion.iterations=100",
+    "template-inversion.iterations=50",
+)
 
 
 def demo_cells() -> list[Cell]:

@@ -23,7 +23,7 @@ QUICK = {
     "identity-linkage": {},
     "correction-probe": {},
     "membership-inference": {"models": 4, "epochs": 1},
-    "template-inversion": {"training": 3, "iterations": 3, "components": 10, "copies": 1},
+    "template-inversion": {"method": "both", "training": 3, "iterations": 3, "components": 10, "copies": 1},
     "candidate-match": {"labels": 2},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))

@@ -132,6 +132,6 @@ def test_a_step_asks_for_what_embedding_recovery_asks_for(world) -> None:
 
 def test_progress_ends_at_its_total(seen) -> None:
     told: list[tuple[int, int]] = []
-    TemplateInversion(**QUICK)(seen, generator(0), lambda done, total: told.append((done, total)))
+    TemplateInversion(method="both", **QUICK)(seen, generator(0), lambda done, total: told.append((done, total)))
     assert told[-1] == (26, 26)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
