@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from attacks.correction_probe import CorrectionProbe, strangers_seen
 from attacks.decoder import Network, Tick, trained_decoder
 from attacks.embedding_recovery import EmbeddingRecovery
 from attacks.gradient_matching import counted, offset
@@ -21,7 +22,7 @@ from attacks.priors import Eigenfaces, auxiliary_basis
 from attacks.updates import targets
 from fedgc.local import augment
 from fedgc.models import load_backbone
-from fedgc.types import Attack, Observation, Progress, Reconstruction, Tensors
+from fedgc.types import Attack, ClassEmbeddings, Observation, Progress, Reconstruction, Tensors
 
 BATCH = 16  # images searched at once
 REACH = 3.0  # standard deviations along an eigenface that a start may lie from the mean
@@ -33,7 +34,8 @@ class TemplateInversion(Attack):
 
     source "class-embeddings": rows of whole rounds, at most ``classes`` of them. Their mean is replaced by ``shift`` times the
     mean feature of the auxiliary faces, since softmax does not see what all features share and leaves it out of the rows.
-    "face-embeddings": what `embedding-recovery` finds in recorded steps, with that attack's needs.
+    "face-embeddings": what `embedding-recovery` finds in recorded steps, with that attack's needs. "correction": strangers' class
+    embeddings as `correction-probe` reads them, which are returned as well.
 
     method "optimisation": search from the mean face; "decoder": `attacks.decoder`, trained in ``training`` steps; "both": search
     from the decoder's image, which ended no better on auxiliary people and takes three times as long; "nearest": the auxiliary
@@ -46,7 +48,7 @@ class TemplateInversion(Attack):
     costly: ClassVar[bool] = True
     summary: ClassVar[str] = "faces for class embeddings, or for features recovered from a step"
 
-    source: Literal["class-embeddings", "face-embeddings"] = "class-embeddings"
+    source: Literal["class-embeddings", "face-embeddings", "correction"] = "class-embeddings"
     method: Literal["optimisation", "decoder", "both", "nearest"] = "optimisation"
     classes: int = Field(default=512, ge=1)
     shift: float = Field(default=0.5, ge=0, le=2)
@@ -59,11 +61,13 @@ class TemplateInversion(Attack):
 
     @property
     def reads(self) -> Literal["round", "step"]:
-        return "round" if self.source == "class-embeddings" else "step"
+        return "step" if self.source == "face-embeddings" else "round"
 
     def needed(self) -> tuple[frozenset[str], ...]:
         if self.source == "class-embeddings":
             return self.needs
+        if self.source == "correction":
+            return tuple(need | {"global-model", "auxiliary-faces"} for need in CorrectionProbe.needs)
         return tuple(need | {"auxiliary-faces"} for need in EmbeddingRecovery.needs)
 
     def refusal(self, observation: Observation) -> str | None:
@@ -90,14 +94,16 @@ class TemplateInversion(Attack):
         images = faces.mean(0).expand(len(units), *faces.shape[1:]).contiguous()
         if bool(known.any()):
             images[known] = self.rendered(network, faces, units[known], generator, progress)
+        guesses = strangers_seen(observation).detach().cpu().float() if self.source == "correction" else None
         loss = 1 - (network.all_features(images) * units).sum(1)
         searched = self.iterations * int(known.sum()) if self.method in ("both", "optimisation") else 0
-        return Reconstruction(sources, images=images, loss=loss, iterations=searched, failed=int((~known).sum()))
+        failed = int((~known).sum())
+        return Reconstruction(sources, images=images, loss=loss, embeddings=guesses, iterations=searched, failed=failed)
 
     def network(self, observation: Observation) -> Network:
         """The backbone that gave the embeddings their meaning. Recorded steps take a photo's feature once, recognition with the
         mirror image."""
-        of_classes = self.source == "class-embeddings"
+        of_classes = self.source != "face-embeddings"
         model: Tensors | None = observation.global_model if of_classes else targets(observation)[0].before
         assert model is not None
         backbone = load_backbone(observation.public_constants.spec, model)
@@ -108,6 +114,9 @@ class TemplateInversion(Attack):
     ) -> tuple[tuple[int, ...], Tensor]:
         """Source of each target, and the unit feature (n, d) that its image is to have; zero where none was found."""
         rows, faces = observation.class_embeddings, observation.auxiliary_faces
+        if self.source == "correction":
+            assert observation.correction is not None
+            rows = ClassEmbeddings(strangers_seen(observation), observation.correction.classes)
         if self.source == "face-embeddings":
             found = EmbeddingRecovery()(observation, generator)
             assert found.embeddings is not None

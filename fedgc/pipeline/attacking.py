@@ -24,6 +24,7 @@ from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.judging import judged, optimisation_limited
+from fedgc.pipeline.linking import told_apart
 from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
 from fedgc.pipeline.verdicts import Bench
 from fedgc.pipeline.watch import Watch, silent
@@ -202,7 +203,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         seen[name] = observation
         left[round_of(name)] = None if allowed is None else allowed - photos
     stage = f"{job.attack.name} from {job.threat}" + (f", batch {job.batch_size}" if job.batch_size else "")
-    found = reconstruct(run, job, seen, partial(watch, stage))
+    found = told_apart(run, job.attack, reconstruct(run, job, seen, partial(watch, stage)))
     limited = sum(optimisation_limited(run, job, name, seen[name], found[name]) for name in found)
     scores = _scores(run, job, found, hidden, suspects)
     entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size, job.local_steps)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.identity_linkage import person_embeddings
@@ -17,7 +19,7 @@ from fedgc.models import embed, load_backbone
 from fedgc.pipeline.working import SEAT
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
-from fedgc.types import HEAD, Reconstruction, Transcript
+from fedgc.types import HEAD, Attack, Reconstruction, Transcript
 
 
 def round_scores(
@@ -40,14 +42,33 @@ def _faces(
     run: RunDirectory, name: str, threat: str, found: Reconstruction, mates: Mapping[int, int], rng: np.random.Generator
 ) -> Scores:
     """Images of class embeddings, against other photos of their people and in the attacked model's own eyes."""
-    observation = THREATS[threat].observe(run.load_transcript(name), seat=SEAT)
-    rows, owned = observation.class_embeddings, run.load_knowledge()
-    assert rows is not None and observation.global_model is not None  # noqa: PT018
+    transcript = run.load_transcript(name)
+    observation = THREATS[threat].observe(transcript, seat=SEAT)
+    held, owned = observation.class_embeddings, run.load_knowledge()
+    rows, classes = foreign_rows(transcript) if held is None else (held.weight, held.classes)
+    assert observation.global_model is not None
     assert owned.gallery is not None and owned.auxiliary_faces is not None  # noqa: PT018
     backbone = load_backbone(observation.public_constants.spec, observation.global_model)
     looks = lambda images: embed(backbone, (images * 255).round().clamp(0, 255).to(torch.uint8))  # noqa: E731
-    of_classes = dict(zip(rows.classes, rows.weight, strict=True))
+    of_classes = dict(zip(classes, rows, strict=True))
     return score_faces(found, mates, owned.gallery, owned.auxiliary_faces, of_classes, looks, rng)
+
+
+def told_apart(run: RunDirectory, attack: Attack, found: Mapping[str, Reconstruction]) -> dict[str, Reconstruction]:
+    """What was found, where faces were made of guesses of strangers with each guess under the class of its nearest stranger, whom
+    the attacker does not know and scores have to."""
+    if attack.reads == "step":
+        return dict(found)
+    return {
+        name: r if r.images is None or r.embeddings is None else replace(r, sources=_nearest(run, name, r.embeddings))
+        for name, r in found.items()
+    }
+
+
+def _nearest(run: RunDirectory, name: str, guesses: Tensor) -> tuple[int, ...]:
+    rows, classes = foreign_rows(run.load_transcript(name))
+    nearest = (F.normalize(guesses, dim=1) @ F.normalize(rows, dim=1).T).argmax(dim=1)
+    return tuple(classes[i] for i in nearest.tolist())
 
 
 def _probe_scores(

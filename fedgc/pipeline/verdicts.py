@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.registry import ATTACKS
 from eval.fidelity import MID_GREY
 from eval.judges import Judge, in_bytes
 from eval.pairs import PairScores
@@ -203,7 +202,7 @@ def _each(gallery: Gallery) -> int:
 def pictures(folder: Path, entry: Entry) -> tuple[Tensor, list[int], Tensor | None] | None:
     """What an attack returned as pictures (n, 3, H, W), the class of each, and the photos behind recorded steps in the same
     order; None where it returned none."""
-    if ATTACKS[entry["attack"]].target == "step":
+    if entry["batch_size"] is not None:  # of recorded steps
         file = folder / "pictures.safetensors"
         if not file.exists():
             return None
