@@ -7,28 +7,13 @@ its strangers alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks.shadows import strangers, trained
 from fedgc.models import embed
-from fedgc.types import LocalConstants
 
 RIDGES = np.logspace(-4, 3, 15)
-
-
-def own_recogniser(
-    faces: Tensor, people: Tensor, constants: LocalConstants, epochs: int, generator: torch.Generator,
-    done: Callable[[int], None],
-) -> nn.Module:  # fmt: skip
-    """A backbone of the same shape, trained on all the strangers whom the attacker can tell apart."""
-    own = strangers(faces, people)
-    assert own is not None
-    everybody = torch.ones(own.seen.size, dtype=torch.bool)
-    return trained(own, everybody, constants, epochs, generator, done).backbone
 
 
 def adapter(source: Tensor, target: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from attacks.adapters import adapted, own_recogniser
+from attacks.adapters import adapted
 from attacks.embedding_recovery import EmbeddingRecovery
-from attacks.shadows import strangers
+from attacks.shadows import shadows, strangers
 from attacks.updates import targets
 from fedgc.models import embed, load_backbone
 from fedgc.types import HEAD, Attack, Gallery, Observation, Progress, Reconstruction, Tensors
@@ -122,8 +122,7 @@ class IdentityLinkage(Attack):
             return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
         faces, people = observation.auxiliary_faces, observation.auxiliary_people
         assert faces is not None and people is not None  # noqa: PT018
-        other = own_recogniser(
-            faces, people, observation.public_constants, self.epochs, generator, lambda e: progress(e, self.epochs + 1)
-        )
+        (own,) = shadows(faces, people, observation.public_constants, 1, self.epochs, progress)
+        other = own.backbone
         mapped = F.normalize(embeddings, dim=1) @ adapted(backbone, other, faces)
         return F.normalize(mapped, dim=1) @ person_embeddings(other, gallery).T

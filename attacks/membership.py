@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.shadows import Shadow, Strangers, halves, strangers, trained
+from attacks.shadows import Shadow, Strangers, shadows, strangers
 from fedgc.models import load_backbone
 from fedgc.types import Attack, Gallery, Observation, Progress, Reconstruction
 
@@ -75,19 +75,14 @@ class MembershipInference(Attack):
         assert faces is not None and people is not None and suspects is not None and model is not None  # noqa: PT018
         own = strangers(faces, people)
         assert own is not None
-        shadows = []
-        parts = halves(own.seen.size, self.models, generator)
-        total = self.models * self.epochs
-        for k, members in enumerate(parts):
-            tick = lambda epoch, k=k: progress(k * self.epochs + epoch, total)  # noqa: E731
-            shadows.append(trained(own, members, observation.public_constants, self.epochs, generator, tick))
+        made = shadows(faces, people, observation.public_constants, self.models, self.epochs, progress)
         backbone = load_backbone(observation.public_constants.spec, model)
         rows = None if visible is None else visible.weight.detach().cpu().float()
         of_target = standardised(evidence(backbone, rows, suspects), evidence(backbone, rows, own.seen))
         columns = of_target.shape[1]
-        of_suspects = torch.stack([_seen_by(s, suspects, own)[:, :columns] for s in shadows])
-        of_strangers = torch.stack([_seen_by(s, own.seen, own)[:, :columns] for s in shadows])
-        judge = _fitted(of_strangers, parts)
+        of_suspects = torch.stack([_seen_by(s, suspects, own)[:, :columns] for s in made])
+        of_strangers = torch.stack([_seen_by(s, own.seen, own)[:, :columns] for s in made])
+        judge = _fitted(of_strangers, torch.stack([s.members for s in made]))
         found = judge(of_target, of_suspects.mean(dim=0))
         control = judge(of_suspects[0], of_suspects[1:].mean(dim=0))
         return Reconstruction((TARGET, CONTROL), scores=torch.stack([found, control]))

@@ -7,17 +7,19 @@ the strangers, and looked at with other photos of all of them, as the attacked m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from attacks.priors import Faces
 from fedgc.doors import ClientPlan, Defense
 from fedgc.heads import CosineHead, initial_rows
 from fedgc.local import epoch_batches, load_tensors, train_locally
 from fedgc.models import FaceModel, build_backbone
-from fedgc.types import HEAD, Gallery, LocalConstants
+from fedgc.rng import generator
+from fedgc.types import HEAD, Gallery, LocalConstants, Progress
 
 FEWEST = 3  # photos of a stranger of whom some are trained on and others looked at
 LOOKED_AT = 3  # at most, as of a suspect
@@ -63,18 +65,45 @@ def strangers(faces: Tensor, people: Tensor) -> Strangers | None:
     return Strangers(photos[torch.cat(to_train)], torch.cat(of), Gallery(faces[torch.cat(to_see)], torch.cat(seen)))
 
 
-def halves(people: int, models: int, generator: torch.Generator) -> Tensor:
+def halves(people: int, models: int, draw: torch.Generator) -> Tensor:
     """bool (models, people): each pair of models shares out the people, so that everybody is in half of them."""
     rows: list[Tensor] = []
     for _ in range(models // 2):
         chosen = torch.zeros(people, dtype=torch.bool)
-        chosen[torch.randperm(people, generator=generator)[: people // 2]] = True
+        chosen[torch.randperm(people, generator=draw)[: people // 2]] = True
         rows += [chosen, ~chosen]
     return torch.stack(rows)
 
 
+_MADE: dict[Hashable, list[Shadow]] = {}  # one set for all seats and runs that share strangers and settings
+KEPT = 2
+
+
+def shadows(
+    faces: Tensor, people: Tensor, constants: LocalConstants, models: int, epochs: int, progress: Progress
+) -> list[Shadow]:
+    """So many shadows of `halves` of the strangers; one alone is trained on all of them. Of what is attacked they know its network
+    and the public constants of its training, and so are made once a process."""
+    own = strangers(faces, people)
+    assert own is not None
+    c = constants
+    recipe = c.spec, c.weight_decay, c.head_lr_factor, c.clip_norm, c.augmented, models, epochs
+    key = Faces(faces), tuple(people.tolist()), recipe
+    if key not in _MADE:
+        draw = generator("shadows", models, epochs)
+        everybody = torch.ones(1, own.seen.size, dtype=torch.bool)
+        made = []
+        for k, members in enumerate(everybody if models == 1 else halves(own.seen.size, models, draw)):
+            tick = lambda epoch, k=k: progress(k * epochs + epoch, models * epochs)  # noqa: E731
+            made.append(trained(own, members, constants, epochs, draw, tick))
+        while len(_MADE) >= KEPT:
+            del _MADE[next(iter(_MADE))]
+        _MADE[key] = made
+    return _MADE[key]
+
+
 def trained(
-    own: Strangers, members: Tensor, constants: LocalConstants, epochs: int, generator: torch.Generator,
+    own: Strangers, members: Tensor, constants: LocalConstants, epochs: int, draw: torch.Generator,
     done: Callable[[int], None],
 ) -> Shadow:  # fmt: skip
     """One shadow, trained in one place with the loss, margin and clipping that the parties use. done: told of each epoch."""
@@ -82,9 +111,9 @@ def trained(
     mine = members[own.of]
     photos, labels = own.trained[mine], torch.searchsorted(people, own.of[mine])
     spec = replace(constants.spec, softmax_classes=0)
-    seed = int(torch.randint(2**31, (1,), generator=generator))
+    seed = int(torch.randint(2**31, (1,), generator=draw))
     model = FaceModel(build_backbone(spec, seed), CosineHead(len(people), spec.embedding_size))
-    load_tensors(model, {HEAD: initial_rows(len(people), spec.embedding_size, generator)})
+    load_tensors(model, {HEAD: initial_rows(len(people), spec.embedding_size, draw)})
     batch = min(BATCH, len(photos))
     plan = ClientPlan(0, len(photos), batch, epochs * math.ceil(len(photos) / batch))
     model.train()
@@ -101,8 +130,8 @@ def trained(
             precision="float32",
         )
         train_locally(
-            model, photos, labels, epoch_batches(len(photos), batch, 1, generator), now, Defense(name="none"), plan,
-            sampling=None, augmenting=generator, noise=generator,
+            model, photos, labels, epoch_batches(len(photos), batch, 1, draw), now, Defense(name="none"), plan,
+            sampling=None, augmenting=draw, noise=draw,
         )  # fmt: skip
         done(epoch + 1)
     return Shadow(model.backbone.eval(), model.head.weight.detach().clone(), members)

@@ -126,7 +126,8 @@ def _lead(entry: Entry) -> tuple[Any, ...]:
 def headline_metric(entry: Entry) -> str | None:
     """The metric an attack is summed up with; None where it reports none."""
     names = [n for n in (*HEADLINE, *entry["metrics"]) if n in entry["metrics"]]
-    return names[0] if names else None
+    known = [n for n in names if entry["metrics"][n].get("value") is not None]
+    return (known or names or [None])[0]
 
 
 def beats_chance(value: Value | None) -> bool:

@@ -19,6 +19,7 @@ ATTACK_SETTINGS = (
     "gradient-inversion.iterations=100",
     "feature-inversion.iterations=100",
     "template-inversion.iterations=50",
+    "membership-inference.epochs=12",
 )
 
 
