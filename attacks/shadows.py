@@ -82,8 +82,8 @@ KEPT = 2
 def shadows(
     faces: Tensor, people: Tensor, constants: LocalConstants, models: int, epochs: int, progress: Progress
 ) -> list[Shadow]:
-    """So many shadows of `halves` of the strangers; one alone is trained on all of them. Of what is attacked they know its network
-    and the public constants of its training, and so are made once a process."""
+    """So many shadows of `halves` of the strangers; one alone is trained on all of them. Of what is attacked they know its
+    network and the public constants of its training, and so are made once a process."""
     own = strangers(faces, people)
     assert own is not None
     c = constants
