@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+from eval.probes import REACHED
 from fedgc.config import Config, load_config
+from fedgc.correction import gradient
 from fedgc.pipeline.attacking import attack
+from fedgc.pipeline.linking import foreign_rows
 from fedgc.pipeline.training import train
+from fedgc.probing import Probing, next_probes
+from fedgc.runs import RunDirectory
+from fedgc.types import HEAD
 
 CONFIG = Path(__file__).parent.parent / "configs" / "faces.toml"
 RECORD = ["record.victims=0", "record.clients=1"]
+FROZEN_STEP = 0.05
 LATE, EARLY = "record.rounds=[17,18,19,20,22,24]", "record.rounds=[1,2,3,4,6,8,12,24]"
 EIGHT = ["probing.rounds=8", LATE]
 MEASURES = ("embedding_cosine", "reached", "strangers_reached", "rank1")
@@ -66,6 +74,26 @@ def rows_of(scenario: str, config: Config, out: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def frozen(out: Path, scale: float, rounds: int = 12) -> list[str]:
+    """The same probes against the class embeddings that a run ended with, which do not move any more."""
+    transcript = RunDirectory(out).load_transcript(RunDirectory(out).transcripts()[-1])
+    rows, _ = foreign_rows(transcript)
+    own = transcript.returned[0][HEAD]
+    owner = torch.tensor([0] * len(own) + [transcript.owners[c] for c in foreign_rows(transcript)[1]])
+    plan, received, probes, lines = Probing(0, 1), own, None, []
+    unit = F.normalize(rows, dim=1)
+    for t in range(1, rounds + 1):
+        probes = next_probes(plan, t, 0, received, probes)
+        stacked = torch.cat([probes.sent, rows])
+        received = (stacked - FROZEN_STEP * gradient(stacked, owner, scale))[: len(own)]
+        nearest, which = (F.normalize(probes.sent, dim=1) @ unit.T).max(dim=1)
+        reached = nearest >= REACHED
+        strangers = len(set(which[reached].tolist())) / len(rows)
+        lines.append(f"frozen strangers, scale {scale:g}, round {t:>2}: embedding_cosine {float(nearest.mean()):.3f} "
+                     f"reached {float(reached.float().mean()):.3f} strangers_reached {strangers:.3f}")  # fmt: skip
+    return lines
+
+
 def line(row: dict[str, Any]) -> str:
     said = " ".join(f"{name} {m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for name, m in row["metrics"].items())
     return f"{row['scenario']:<40} seed {row['seed']} round {row['round']:>3}: {said} AUC {row['auc']['value']:.3f}"
@@ -90,6 +118,9 @@ def main() -> None:
             ):
                 table.append(row)
                 print(line(row), flush=True)
+    if "curious" in options.only:
+        for scale in (2, 4, 8, 16, 30):
+            print("\n".join(frozen(options.out / f"curious-seed{options.first_seed}", scale)), flush=True)
     (options.out / "probing.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
