@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -121,8 +120,8 @@ class GradientInversion(Attack):
             why = unreadable(observation)
         return why
 
-    def sized(self, photos: int) -> GradientInversion:
-        """With ``compiled`` decided by the size of a job, so that a repetition decides alike."""
+    def sized(self, photos: int) -> Self:
+        """With ``compiled`` decided."""
         if self.compiled is not None:
             return self
         return self.model_copy(
@@ -171,15 +170,14 @@ class GradientInversion(Attack):
             failed=sum(s.failed for s in found),
         )
 
-    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float:
-        """The objective of the update of that number at given images: what a search that fails to find them leaves behind."""
+    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float | None:
         update, constants = targets(observation)[number], observation.public_constants
         try:
             problems = self.problems(update, constants, observation.auxiliary_faces)
         except RefusedError:
-            return math.nan
+            return None
         if self._method.labels == "searched" or problems[0][2] != len(images):
-            return math.nan
+            return None
         return min(float(objective.value(objective.inputs, images).detach()) for objective, _, _ in problems)
 
     @property

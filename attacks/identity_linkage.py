@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedgc.models import build_backbone, embed
-from fedgc.types import BACKBONE, Attack, Gallery, Observation, Progress, Reconstruction, Tensors
+from fedgc.models import embed, load_backbone
+from fedgc.types import Attack, Gallery, Observation, Progress, Reconstruction
 
 
 def person_embeddings(backbone: torch.nn.Module, gallery: Gallery) -> Tensor:
@@ -39,14 +39,8 @@ class IdentityLinkage(Attack):
         """scores: float32 (n, G), row i for the class ``sources[i]``."""
         model, rows, gallery = observation.global_model, observation.class_embeddings, observation.gallery
         assert model is not None and rows is not None and gallery is not None  # noqa: PT018
-        backbone = build_backbone(observation.public_constants.spec, seed=0)
-        backbone.load_state_dict(_unprefixed(model), strict=False)
+        backbone = load_backbone(observation.public_constants.spec, model)
         people = person_embeddings(backbone, gallery)
         scores = F.normalize(rows.weight.detach().cpu().float(), dim=1) @ people.T
         progress(1, 1)
         return Reconstruction(tuple(rows.classes), scores=scores)
-
-
-def _unprefixed(tensors: Tensors) -> dict[str, Tensor]:
-    """Names as the backbone itself knows them; its integer counters (never sent) keep their initial value."""
-    return {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items()}

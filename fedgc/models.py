@@ -19,10 +19,10 @@ from fedgc.backbones.iresnet import IResNet
 from fedgc.backbones.mobilefacenet import MobileFaceNet
 from fedgc.backbones.norms import set_norm
 from fedgc.backbones.small import SmallFaceNet
-from fedgc.errors import UsageError
+from fedgc.errors import RunError, UsageError
 from fedgc.heads import CosineHead
 from fedgc.rng import stream_seed
-from fedgc.types import ModelSpec
+from fedgc.types import BACKBONE, ModelSpec, Tensors
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,18 @@ def build_backbone(spec: ModelSpec, seed: int) -> nn.Module:
         torch.random.default_generator.manual_seed(stream_seed(seed, "backbone"))  # the CPU's only: layers start there
         backbone = BACKBONES[spec.backbone].make(spec.image_size, spec.embedding_size)
     set_norm(backbone, spec.norm)
+    return backbone
+
+
+def load_backbone(spec: ModelSpec, tensors: Tensors) -> nn.Module:
+    """The backbone of a message, in evaluation mode, on the CPU, in the precision of its tensors. Names begin with
+    ``BACKBONE``; others are passed over. Integer counters are never sent and keep their initial value. Raises RunError where
+    something else is missing."""
+    sent = {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items() if name.startswith(BACKBONE)}
+    backbone = build_backbone(spec, seed=0).eval()
+    if lacking := sorted(state_tensors(backbone).keys() - sent.keys()):
+        raise RunError(f"no {spec.backbone} can be made of these tensors: {lacking[0]} is missing ({len(lacking)} are)")
+    backbone.to(next(iter(sent.values())).dtype).load_state_dict(sent, strict=False)
     return backbone
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -268,6 +268,15 @@ class Attack(Named):
 
     def unsuitable(self, observation: Observation) -> str | None:
         """A subclass says here what else keeps it from starting."""
+        return None
+
+    def sized(self, photos: int) -> Self:
+        """The attack with what depends on the size of a job decided, so that a repetition decides alike."""
+        return self
+
+    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float | None:
+        """Of an attack that searches: its objective of the update of that number at given images (B, 3, H, W), to tell a search
+        that fell short. None where there is none."""
         return None
 
     @final

@@ -24,7 +24,7 @@ from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_jso
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.judging import judged, optimisation_limited
 from fedgc.pipeline.watch import Watch, silent
-from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct, sized
+from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct
 from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge, outsider_observation
@@ -148,7 +148,7 @@ def _jobs(run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...
         if (size := size_of(name)) is not None:
             sizes.setdefault(size, []).append(name)
     photos = targets or (DEFAULT_TARGETS if attack.costly else None)
-    attack = sized(attack, photos or 0)
+    attack = attack.sized(photos or 0)
     return [Job(attack, threat, tuple(sizes[b, k]), rounds, b, photos, k) for b, k in sorted(sizes)]
 
 

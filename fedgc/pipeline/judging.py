@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.gradient_inversion import GradientInversion
 from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels, score_linkage
-from fedgc.algorithms import backbone_part
-from fedgc.models import build_backbone
+from fedgc.models import load_backbone
 from fedgc.pipeline.working import SEAT, Job
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
-from fedgc.types import BACKBONE, HEAD, Observation, Reconstruction, Transcript
+from fedgc.types import HEAD, Observation, Reconstruction, Transcript
 
 STRANGERS = 256  # auxiliary photos whose mean feature is a baseline
 
@@ -65,9 +63,7 @@ def _features(run: RunDirectory, name: str, threat: str, groups: list[Batch], au
 def features_at(transcript: Transcript, photos: Tensor, batch: int = 64) -> Tensor:
     """Unit features (n, d) of photos (n, 3, S, S) at the backbone that the server sent out, by the forward pass that a recorded
     step takes: not averaged with the mirror image, norms in evaluation mode."""
-    backbone = build_backbone(transcript.constants.spec, seed=0).eval()
-    start = {n.removeprefix(BACKBONE): t.cpu() for n, t in backbone_part(transcript.broadcast).items()}
-    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    backbone = load_backbone(transcript.constants.spec, transcript.broadcast)
     return F.normalize(torch.cat([backbone(x) for x in photos.split(batch)]), dim=1)
 
 
@@ -76,11 +72,12 @@ def optimisation_limited(
 ) -> int:
     """In how many updates the search ended above its own loss at the true photos: that it did not find them is then the search's
     doing, and says nothing of what the update holds. Only of attacks that search."""
-    if not isinstance(job.attack, GradientInversion) or found.loss is None:
+    if found.loss is None:
         return 0
     truth = run.load_truth(name)
     count = 0
     for number, group in enumerate(batches(found, truth, job.seat)):
         loss = found.loss[[i for i, s in enumerate(found.sources) if s == group.source]][0]
-        count += bool(loss > job.attack.loss_at(observation, number, group.photos))
+        at_truth = job.attack.loss_at(observation, number, group.photos)
+        count += at_truth is not None and bool(loss > at_truth)
     return count
