@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.backbone_algebra import recover, separable
+from attacks.channel_statistics import WithStatistics, distance_from
 from attacks.fast_step import distance_of
 from attacks.gradient_matching import Optimizer, Schedule, Solution, counted, match, nothing_found, offset
 from attacks.label_inference import infer_labels, likely_rows
@@ -68,13 +69,14 @@ class GradientInversion(Attack):
     the backbone; no head and no label is needed. Where a defense card tells of noise, it is a maximum a posteriori instead,
     with the clipping inside and the noise as wide as the card says (``noise_aware``). The others are as published but for
     labels, which heads without a bias do not give by the published rules: "inverting-gradients" (Geiping et al. 2020),
-    "gradinversion" (Yin et al. 2021; without BatchNorm statistics), "idlg" (Zhao et al. 2020), "dlg" (Zhu et al. 2019).
+    "gradinversion" (Yin et al. 2021; its BatchNorm term is ``statistics``), "idlg" (Zhao et al. 2020), "dlg" (Zhu et al. 2019).
 
     An update of several steps on the same photos is matched as ``local_update`` says (`attacks.local_update`): "surrogate" tries
     a few places on the way from start to end, each for all iterations, and keeps what ends with the least loss.
 
     iterations, restarts, step_size, prior, total_variation: the method's own where they are not set. components, gaussian,
     copies: how many eigenfaces, how strongly they are held, and how many altered copies of each face they are made from.
+    statistics: weight of the distance from the model's BatchNorm statistics (`attacks.channel_statistics`), where it has them.
     compiled: the step as a compiled graph; where not set, for jobs that repay compiling it.
     """
 
@@ -93,6 +95,7 @@ class GradientInversion(Attack):
     total_variation: float | None = Field(default=None, ge=0)
     colour_variation: float = Field(default=0.0, ge=0)
     symmetry: float = Field(default=0.0, ge=0)
+    statistics: float = Field(default=0.0, ge=0)
     components: int = Field(default=1000, ge=1)
     gaussian: float = Field(default=1e-3, ge=0)
     copies: int = Field(default=8, ge=0, le=100)
@@ -111,6 +114,11 @@ class GradientInversion(Attack):
         faces = observation.auxiliary_faces
         if self._faces and (faces is None or len(faces) < 2):
             return "prior = 'faces' needs auxiliary-faces (2 photos or more); without, set prior = 'pixels'"
+        if self.statistics and observation.normalisation_statistics is None:
+            return (
+                "statistics needs normalisation-statistics, and there are none: the model's layers are normalised by "
+                f"'{observation.public_constants.spec.norm}', and only BatchNorm (model.norm=batch) keeps any. Set statistics = 0"
+            )
         if self._unrolls(observation.public_constants) and (why := not_unrolled(observation)) is not None:
             return why
         if self.method != "cascade" or unreadable(observation) is None:
@@ -149,10 +157,14 @@ class GradientInversion(Attack):
                 continue
             total = each * len(problems)
             tick = offset(counted(progress, len(updates) * total), number * total)
+            held = observation.normalisation_statistics if self.statistics else None
+            remembered = distance_from(held, update.before, constants.spec) if held is not None else None
             solved = []
             for tried, (objective, _, count) in enumerate(problems):
                 shape = (count, 3, side, side)
                 prior = self._prior(faces, shape, objective, len(update.classes))
+                if remembered is not None:
+                    prior = WithStatistics(prior, remembered, self.statistics)
                 distance = distance_of(objective, bool(self.compiled))
                 solved.append(match(distance, prior, shape, schedule, generator, offset(tick, tried * each)))
             best, (_, rows, count) = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)

@@ -189,6 +189,7 @@ class Observation:
     correction: ClassEmbeddings | None = None
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
+    normalisation_statistics: Tensors | None = None  # of BatchNorm layers of the released model
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
 
     @property
@@ -202,7 +203,7 @@ GRANTS_OF_FIELDS = {
     name: name.replace("_", "-")
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
-        "correction", "auxiliary_faces", "gallery", "candidates",
+        "correction", "auxiliary_faces", "gallery", "normalisation_statistics", "candidates",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())
