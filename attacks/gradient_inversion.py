@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -11,11 +14,13 @@ from torch import Tensor
 
 from attacks.backbone_algebra import recover, separable
 from attacks.channel_statistics import WithStatistics, distance_from
+from attacks.denoising import Polish, auxiliary_denoiser, changed
 from attacks.fast_step import distance_of
-from attacks.gradient_matching import Optimizer, Schedule, Solution, counted, match, nothing_found, offset
+from attacks.gradient_matching import Schedule, Solution, counted, match, nothing_found, offset
 from attacks.label_inference import infer_labels, likely_rows
 from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, single_steps
-from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
+from attacks.methods import METHODS, Method
+from attacks.objectives import HeadMatching, NoisyMatching, Objective, PullMatching
 from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
 from attacks.updates import Noise, drifted, gradient, illegible, source, targets, unreadable
 from fedgc.errors import RefusedError
@@ -33,32 +38,8 @@ Problem = tuple[
     Objective, Tensor | None, int
 ]  # what is minimised, the head row of each photo where known, how many photos
 PAYS = 40_000  # iterations of a job from which compiling a graph is repaid
-
-
-@dataclass(frozen=True)
-class Method:
-    """The choices that a paper makes. labels: by the rows' directions (`head_algebra`), by the sign of a row's sum (iDLG), or
-    searched with the pixels (DLG). start: "mean" face or random pixels."""
-
-    metric: Metric
-    optimizer: Optimizer
-    step_size: float
-    iterations: int
-    prior: Literal["faces", "pixels"]
-    labels: Literal["rows", "sums", "searched"] = "rows"
-    total_variation: float = 0.0
-    restarts: int = 1
-    group: float = 0.0
-    start: Literal["mean", "random"] = "random"
-
-
-METHODS: dict[str, Method] = {
-    "cascade": Method("cosine", "adam", 0.2, 800, "faces", start="mean"),
-    "inverting-gradients": Method("cosine", "signed-adam", 0.1, 4800, "pixels", total_variation=0.2),
-    "gradinversion": Method("l2", "adam", 0.1, 2000, "pixels", total_variation=0.01, restarts=4, group=0.01),
-    "idlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="sums"),
-    "dlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="searched"),
-}
+POLISH_STEP = 0.015
+POLISHED = 400  # iterations of a search from which it is polished: learning a denoiser takes as long
 
 
 class GradientInversion(Attack):
@@ -73,6 +54,10 @@ class GradientInversion(Attack):
 
     An update of several steps on the same photos is matched as ``local_update`` says (`attacks.local_update`): "surrogate" tries
     a few places on the way from start to end, each for all iterations, and keeps what ends with the least loss.
+
+    What the cascade finds is polished: a search of all pixels goes on from there, for ``polish`` iterations (three eighths of the
+    search's where not set, none after a short one), held by ``denoiser`` times the squared change that a denoiser makes
+    (`attacks.denoising`), which learns from the auxiliary faces in so many ``lessons``. Not under noise.
 
     iterations, restarts, step_size, prior, total_variation: the method's own where they are not set. components, gaussian,
     copies: how many eigenfaces, how strongly they are held, and how many altered copies of each face they are made from.
@@ -103,6 +88,9 @@ class GradientInversion(Attack):
     noise_aware: bool = True
     local_update: LocalUpdate = "surrogate"
     compiled: bool | None = None
+    polish: int | None = Field(default=None, ge=0)
+    denoiser: float = Field(default=1e-3, ge=0)
+    lessons: int = Field(default=400, ge=1)
 
     def unsuitable(self, observation: Observation) -> str | None:
         steps = observation.public_constants.steps
@@ -112,8 +100,11 @@ class GradientInversion(Attack):
                 "several on many: record such steps (record.victims, record.local_steps), or use an attack on whole rounds"
             )
         faces = observation.auxiliary_faces
-        if self._faces and (faces is None or len(faces) < 2):
-            return "prior = 'faces' needs auxiliary-faces (2 photos or more); without, set prior = 'pixels'"
+        if (self._faces or self._polish) and (faces is None or len(faces) < 2):
+            what = "prior = 'faces'" if self._faces else "polish"
+            return f"{what} needs auxiliary-faces (2 photos or more); without, set prior = 'pixels' and no polish"
+        if self.polish and self._method.labels == "searched":
+            return f"polish takes labels that are known, and method '{self.method}' searches them too: set polish = 0"
         if self.statistics and observation.normalisation_statistics is None:
             return (
                 "statistics needs normalisation-statistics, and there are none: the model's layers are normalised by "
@@ -144,7 +135,6 @@ class GradientInversion(Attack):
         """
         constants, updates = observation.public_constants, targets(observation)
         schedule, faces, side = self._schedule, observation.auxiliary_faces, constants.spec.image_size
-        each = schedule.iterations * schedule.restarts
         found: list[Solution] = []
         sources: list[int] = []
         labels: list[int] = []
@@ -155,20 +145,10 @@ class GradientInversion(Attack):
                 found.append(nothing_found(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
                 continue
-            total = each * len(problems)
+            total = schedule.iterations * schedule.restarts * len(problems) + self._polish
             tick = offset(counted(progress, len(updates) * total), number * total)
-            held = observation.normalisation_statistics if self.statistics else None
-            remembered = distance_from(held, update.before, constants.spec) if held is not None else None
-            solved = []
-            for tried, (objective, _, count) in enumerate(problems):
-                shape = (count, 3, side, side)
-                prior = self._prior(faces, shape, objective, len(update.classes))
-                if remembered is not None:
-                    prior = WithStatistics(prior, remembered, self.statistics)
-                distance = distance_of(objective, bool(self.compiled))
-                solved.append(match(distance, prior, shape, schedule, generator, offset(tick, tried * each)))
-            best, (_, rows, count) = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)
-            found.append(_with_all(best, solved))
+            solution, (_, rows, count) = self._searched(problems, update, observation, generator, tick)
+            found.append(solution)
             sources += [source(update)] * count
             labels += [] if rows is None else [update.classes[row] for row in rows.tolist()]
         sizes = torch.tensor([len(s.images) for s in found])
@@ -181,6 +161,34 @@ class GradientInversion(Attack):
             iterations=sum(s.iterations for s in found),
             failed=sum(s.failed for s in found),
         )
+
+    def _searched(
+        self, problems: list[Problem], update: ObservedUpdate, observation: Observation, generator: torch.Generator,
+        tick: Callable[[int], None],
+    ) -> tuple[Solution, Problem]:  # fmt: skip
+        """What is found behind one update, and by which of its problems."""
+        schedule, faces, spec = self._schedule, observation.auxiliary_faces, observation.public_constants.spec
+        held = observation.normalisation_statistics if self.statistics else None
+        remembered = None if held is None else distance_from(held, update.before, spec)
+        each, solved = schedule.iterations * schedule.restarts, []
+
+        def search(objective: Objective, prior: Prior, shape: Shape, schedule: Schedule, before: int) -> Solution:
+            prior = prior if remembered is None else WithStatistics(prior, remembered, self.statistics)
+            distance = distance_of(objective, bool(self.compiled))
+            return match(distance, prior, shape, schedule, generator, offset(tick, before))
+
+        for tried, (objective, _, count) in enumerate(problems):
+            shape = (count, 3, spec.image_size, spec.image_size)
+            prior = self._prior(faces, shape, objective, len(update.classes))
+            solved.append(search(objective, prior, shape, schedule, tried * each))
+        best, chosen = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)
+        if self._polish and math.isfinite(best.loss) and not isinstance(chosen[0], NoisyMatching):
+            last = Schedule(self._polish, step_size=POLISH_STEP)
+            polished = search(chosen[0], self._polishing(faces, best.images), shape, last, each * len(problems))
+            solved.append(polished)
+            best = replace(polished, every=best.every) if math.isfinite(polished.loss) else best
+        tick(each * len(problems) + self._polish)
+        return _with_all(best, solved), chosen
 
     def loss_at(self, observation: Observation, number: int, images: Tensor) -> float | None:
         update, constants = targets(observation)[number], observation.public_constants
@@ -200,7 +208,9 @@ class GradientInversion(Attack):
             case "faces" if chosen.prior == "pixels":
                 return replace(chosen, prior="faces", optimizer="adam", step_size=METHODS["cascade"].step_size)
             case "pixels" if chosen.prior == "faces":
-                return replace(chosen, prior="pixels", optimizer="signed-adam", step_size=0.03, total_variation=1.0)
+                return replace(
+                    chosen, prior="pixels", optimizer="signed-adam", step_size=0.03, total_variation=1.0, polish=False
+                )
         return chosen
 
     @property
@@ -210,6 +220,13 @@ class GradientInversion(Attack):
     @property
     def _faces(self) -> bool:
         return self._method.prior == "faces"
+
+    @property
+    def _polish(self) -> int:
+        if self.polish is not None:
+            return self.polish
+        length = self._schedule.iterations
+        return length * 3 // 8 if self._method.polish and length >= POLISHED else 0
 
     @property
     def _schedule(self) -> Schedule:
@@ -274,6 +291,11 @@ class GradientInversion(Attack):
         variation = self._method.total_variation if self.total_variation is None else self.total_variation
         known = faces is not None and self._method.start == "mean"
         return Pixels(centre, known, variation, self.colour_variation, self.symmetry)
+
+    def _polishing(self, faces: Tensor | None, found: Tensor) -> Prior:
+        assert faces is not None
+        learned = auxiliary_denoiser(faces, self.components, self.copies, self.lessons)
+        return Polish(found, partial(changed, learned), self.denoiser)
 
     def _hold(self, objective: Objective, photos: int) -> float:
         """Weight of the eigenfaces' penalty: as set, or as the noise asks for, where its width is known: |z|²/2 beside a
