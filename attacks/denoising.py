@@ -89,7 +89,9 @@ class Denoiser:
         return smooth + self.correction(torch.cat([images - smooth, smooth - self.mean], dim=1), level)
 
 
-def train(denoiser: Denoiser, faces: Tensor, steps: int, draw: torch.Generator) -> Denoiser:
+def train(
+    denoiser: Denoiser, faces: Tensor, steps: int, draw: torch.Generator, tick: Callable[[int], None]
+) -> Denoiser:
     """Teach the correction in place, on altered copies of (N, 3, H, W) faces under noise of all levels."""
     optimizer = torch.optim.Adam(denoiser.correction.parameters(), lr=STEP_SIZE)
     low, high = (math.log(x) for x in NOISE)
@@ -100,25 +102,32 @@ def train(denoiser: Denoiser, faces: Tensor, steps: int, draw: torch.Generator) 
         noisy = clean + level.view(-1, 1, 1, 1) * torch.randn(clean.shape, generator=draw)
         error = (denoiser(noisy, level) - clean).square().mean(dim=(1, 2, 3))
         optimizer.zero_grad()
-        (
-            error / (0.02**2 + 0.1 * level.square())
-        ).mean().backward()  # about the linear one's error: all levels count alike
+        linear = 0.02**2 + 0.1 * level.square()  # about the error of the linear one: all levels count alike
+        (error / linear).mean().backward()
         optimizer.step()
+        tick(i + 1)
     denoiser.correction.requires_grad_(False).eval()
     return denoiser
 
 
-def auxiliary_denoiser(faces: Tensor, components: int, copies: int, steps: int) -> Denoiser:
-    """Learned from (N, 3, H, W) faces, and from streams of its own: one for all victims of a run."""
-    return _learned(Faces(faces), components, copies, steps)
+def auxiliary_denoiser(
+    faces: Tensor, components: int, copies: int, steps: int, tick: Callable[[int], None] = lambda done: None
+) -> Denoiser:
+    """Learned from (N, 3, H, W) faces, and from streams of its own: one for all victims of a run. tick is called with the number
+    of steps finished, where it is not learned already."""
+    learned = _place(Faces(faces), components, copies, steps)
+    if not learned:
+        photos = faces.detach().cpu().float()
+        start = Denoiser.untrained(photos.mean(0), auxiliary_basis(photos, components, copies))
+        with torch.enable_grad():
+            learned.append(train(start, photos, steps, generator("denoiser"), tick))
+    return learned[0]
 
 
 @lru_cache(maxsize=2)
-def _learned(faces: Faces, components: int, copies: int, steps: int) -> Denoiser:
-    photos = faces.tensor.detach().cpu().float()
-    start = Denoiser.untrained(photos.mean(0), auxiliary_basis(photos, components, copies))
-    with torch.enable_grad():
-        return train(start, photos, steps, generator("denoiser"))
+def _place(faces: Faces, components: int, copies: int, steps: int) -> list[Denoiser]:
+    """Where the denoiser of these faces is kept once it is learned."""
+    return []
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ class Polish:
 
 
 def changed(denoiser: Denoiser, images: Tensor) -> Tensor:
-    """|x - D(x)|² of a photo, D(x) held fixed: its gradient is 2(x - D(x)), which needs no derivative of the denoiser."""
+    """Mean of (x - D(x))², D(x) held fixed: its gradient goes along x - D(x), and needs no derivative of the denoiser."""
     with torch.no_grad():
         clean = denoiser(images, torch.full((len(images),), LEVEL))
-    return (images - clean).square().sum(dim=(1, 2, 3)).mean()
+    return (images - clean).square().mean()

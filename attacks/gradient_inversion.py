@@ -56,7 +56,7 @@ class GradientInversion(Attack):
     a few places on the way from start to end, each for all iterations, and keeps what ends with the least loss.
 
     What the cascade finds is polished: a search of all pixels goes on from there, for ``polish`` iterations (three eighths of the
-    search's where not set, none after a short one), held by ``denoiser`` times the squared change that a denoiser makes
+    search's where not set, none after a short one), held by ``denoiser`` times the mean squared change that a denoiser makes
     (`attacks.denoising`), which learns from the auxiliary faces in so many ``lessons``. Not under noise.
 
     iterations, restarts, step_size, prior, total_variation: the method's own where they are not set. components, gaussian,
@@ -89,7 +89,7 @@ class GradientInversion(Attack):
     local_update: LocalUpdate = "surrogate"
     compiled: bool | None = None
     polish: int | None = Field(default=None, ge=0)
-    denoiser: float = Field(default=1e-3, ge=0)
+    denoiser: float = Field(default=7.0, ge=0)
     lessons: int = Field(default=400, ge=1)
 
     def unsuitable(self, observation: Observation) -> str | None:
@@ -145,7 +145,7 @@ class GradientInversion(Attack):
                 found.append(nothing_found(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
                 continue
-            total = schedule.iterations * schedule.restarts * len(problems) + self._polish
+            total = schedule.iterations * schedule.restarts * len(problems) + self._last
             tick = offset(counted(progress, len(updates) * total), number * total)
             solution, (_, rows, count) = self._searched(problems, update, observation, generator, tick)
             found.append(solution)
@@ -184,10 +184,11 @@ class GradientInversion(Attack):
         best, chosen = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)
         if self._polish and math.isfinite(best.loss) and not isinstance(chosen[0], NoisyMatching):
             last = Schedule(self._polish, step_size=POLISH_STEP)
-            polished = search(chosen[0], self._polishing(faces, best.images), shape, last, each * len(problems))
+            prior = self._polishing(faces, best.images, offset(tick, each * len(problems)))
+            polished = search(chosen[0], prior, shape, last, each * len(problems) + self.lessons)
             solved.append(polished)
             best = replace(polished, every=best.every) if math.isfinite(polished.loss) else best
-        tick(each * len(problems) + self._polish)
+        tick(each * len(problems) + self._last)
         return _with_all(best, solved), chosen
 
     def loss_at(self, observation: Observation, number: int, images: Tensor) -> float | None:
@@ -227,6 +228,11 @@ class GradientInversion(Attack):
             return self.polish
         length = self._schedule.iterations
         return length * 3 // 8 if self._method.polish and length >= POLISHED else 0
+
+    @property
+    def _last(self) -> int:
+        """How much the last stage counts in progress: lessons, then iterations."""
+        return self._polish + self.lessons if self._polish else 0
 
     @property
     def _schedule(self) -> Schedule:
@@ -292,9 +298,9 @@ class GradientInversion(Attack):
         known = faces is not None and self._method.start == "mean"
         return Pixels(centre, known, variation, self.colour_variation, self.symmetry)
 
-    def _polishing(self, faces: Tensor | None, found: Tensor) -> Prior:
+    def _polishing(self, faces: Tensor | None, found: Tensor, tick: Callable[[int], None]) -> Prior:
         assert faces is not None
-        learned = auxiliary_denoiser(faces, self.components, self.copies, self.lessons)
+        learned = auxiliary_denoiser(faces, self.components, self.copies, self.lessons, tick)
         return Polish(found, partial(changed, learned), self.denoiser)
 
     def _hold(self, objective: Objective, photos: int) -> float:
