@@ -29,7 +29,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "cascade": Method("cosine", "adam", 0.2, 800, "faces", start="mean", polish=True),
-    "inverting-gradients": Method("cosine", "signed-adam", 0.1, 4800, "pixels", total_variation=0.2),
+    "inverting-gradients": Method("cosine", "signed-adam", 0.1, 4800, "pixels", total_variation=1.0),
     "gradinversion": Method("l2", "adam", 0.1, 2000, "pixels", total_variation=0.01, restarts=4, group=0.01),
     "idlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="sums"),
     "dlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="searched"),

@@ -64,7 +64,7 @@ def test_a_backbone_of_a_message_is_the_one_that_was_sent(dtype: torch.dtype) ->
     assert not held.training
     x = photos(2).to(dtype) / 255
     torch.testing.assert_close(held(x), sender.eval()(x), rtol=0, atol=0)
-    with pytest.raises(RunError, match=r"embedding.weight is missing \(1 are\)"):
+    with pytest.raises(RunError, match=r"embedding.weight is missing \(1 in all\)"):
         load_backbone(spec, {name: t for name, t in message.items() if not name.endswith("embedding.weight")})
 
 
