@@ -19,8 +19,8 @@ from attacks.backbone_algebra import recover, separable
 from attacks.gradient_matching import Schedule, Solution, counted, match, nothing_found, offset
 from attacks.priors import Eigenfaces, Pixels, Prior, auxiliary_basis, mean_face
 from attacks.updates import illegible, source, targets, unreadable
-from fedgc.models import build_backbone
-from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
+from fedgc.models import load_backbone
+from fedgc.types import HEAD, Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
 
 
 class FeatureInversion(Attack):
@@ -100,9 +100,7 @@ class FeatureInversion(Attack):
     def objectives(self, update: ObservedUpdate, constants: LocalConstants) -> list[Callable[[Tensor], Tensor]]:
         """One a photo that could be told apart: images (1, 3, H, W) -> relative squared distance of h, or 1 - cosine of ẑ."""
         known = recover(update, constants)
-        backbone = build_backbone(constants.spec, seed=0).eval().requires_grad_(False)
-        start = {n.removeprefix(BACKBONE): t.cpu() for n, t in update.before.items() if n.startswith(BACKBONE)}
-        backbone.load_state_dict(start, strict=False)
+        backbone = load_backbone(constants.spec, update.before).requires_grad_(False)
         if self.inputs and known.inputs is not None:
             return [partial(_apart, backbone, h.float().cpu()) for h in known.inputs if bool(h.any())]
         units = known.unit_embeddings if known.unit_embeddings is not None else torch.zeros(0, 1)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from attacks.backbone_algebra import recover, separable
+from attacks.channel_statistics import WithStatistics, distance_from
+from attacks.denoising import Polish, auxiliary_denoiser, changed
 from attacks.fast_step import distance_of
-from attacks.gradient_matching import Optimizer, Schedule, Solution, counted, match, nothing_found, offset
+from attacks.gradient_matching import Schedule, Solution, counted, match, nothing_found, offset
 from attacks.label_inference import infer_labels, likely_rows
 from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, single_steps
-from attacks.objectives import HeadMatching, Metric, NoisyMatching, Objective, PullMatching
+from attacks.methods import METHODS, Method
+from attacks.objectives import HeadMatching, NoisyMatching, Objective, PullMatching
 from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
 from attacks.updates import Noise, drifted, gradient, illegible, source, targets, unreadable
 from fedgc.errors import RefusedError
@@ -33,32 +38,8 @@ Problem = tuple[
     Objective, Tensor | None, int
 ]  # what is minimised, the head row of each photo where known, how many photos
 PAYS = 40_000  # iterations of a job from which compiling a graph is repaid
-
-
-@dataclass(frozen=True)
-class Method:
-    """The choices that a paper makes. labels: by the rows' directions (`head_algebra`), by the sign of a row's sum (iDLG), or
-    searched with the pixels (DLG). start: "mean" face or random pixels."""
-
-    metric: Metric
-    optimizer: Optimizer
-    step_size: float
-    iterations: int
-    prior: Literal["faces", "pixels"]
-    labels: Literal["rows", "sums", "searched"] = "rows"
-    total_variation: float = 0.0
-    restarts: int = 1
-    group: float = 0.0
-    start: Literal["mean", "random"] = "random"
-
-
-METHODS: dict[str, Method] = {
-    "cascade": Method("cosine", "adam", 0.2, 800, "faces", start="mean"),
-    "inverting-gradients": Method("cosine", "signed-adam", 0.1, 4800, "pixels", total_variation=0.2),
-    "gradinversion": Method("l2", "adam", 0.1, 2000, "pixels", total_variation=0.01, restarts=4, group=0.01),
-    "idlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="sums"),
-    "dlg": Method("l2", "lbfgs", 1.0, 300, "pixels", labels="searched"),
-}
+POLISH_STEP = 0.015
+POLISHED = 400  # iterations of a search from which it is polished: learning a denoiser takes as long
 
 
 class GradientInversion(Attack):
@@ -69,13 +50,18 @@ class GradientInversion(Attack):
     the backbone; no head and no label is needed. Where a defense card tells of noise, it is a maximum a posteriori instead,
     with the clipping inside and the noise as wide as the card says (``noise_aware``). The others are as published but for
     labels, which heads without a bias do not give by the published rules: "inverting-gradients" (Geiping et al. 2020),
-    "gradinversion" (Yin et al. 2021; without BatchNorm statistics), "idlg" (Zhao et al. 2020), "dlg" (Zhu et al. 2019).
+    "gradinversion" (Yin et al. 2021; its BatchNorm term is ``statistics``), "idlg" (Zhao et al. 2020), "dlg" (Zhu et al. 2019).
 
     An update of several steps on the same photos is matched as ``local_update`` says (`attacks.local_update`): "surrogate" tries
     a few places on the way from start to end, each for all iterations, and keeps what ends with the least loss.
 
+    What the cascade finds is polished: a search of all pixels goes on from there, for ``polish`` iterations (three eighths of the
+    search's where not set, none after a short one), held by ``denoiser`` times the mean squared change that a denoiser makes
+    (`attacks.denoising`), which learns from the auxiliary faces in so many ``lessons``. Not under noise.
+
     iterations, restarts, step_size, prior, total_variation: the method's own where they are not set. components, gaussian,
     copies: how many eigenfaces, how strongly they are held, and how many altered copies of each face they are made from.
+    statistics: weight of the distance from the model's BatchNorm statistics (`attacks.channel_statistics`), where it has them.
     compiled: the step as a compiled graph; where not set, for jobs that repay compiling it.
     """
 
@@ -94,6 +80,7 @@ class GradientInversion(Attack):
     total_variation: float | None = Field(default=None, ge=0)
     colour_variation: float = Field(default=0.0, ge=0)
     symmetry: float = Field(default=0.0, ge=0)
+    statistics: float = Field(default=0.0, ge=0)
     components: int = Field(default=1000, ge=1)
     gaussian: float = Field(default=1e-3, ge=0)
     copies: int = Field(default=8, ge=0, le=100)
@@ -101,6 +88,9 @@ class GradientInversion(Attack):
     noise_aware: bool = True
     local_update: LocalUpdate = "surrogate"
     compiled: bool | None = None
+    polish: int | None = Field(default=None, ge=0)
+    denoiser: float = Field(default=7.0, ge=0)
+    lessons: int = Field(default=400, ge=1)
 
     def unsuitable(self, observation: Observation) -> str | None:
         steps = observation.public_constants.steps
@@ -110,8 +100,16 @@ class GradientInversion(Attack):
                 "several on many: record such steps (record.victims, record.local_steps), or use an attack on whole rounds"
             )
         faces = observation.auxiliary_faces
-        if self._faces and (faces is None or len(faces) < 2):
-            return "prior = 'faces' needs auxiliary-faces (2 photos or more); without, set prior = 'pixels'"
+        if (self._faces or self._polish) and (faces is None or len(faces) < 2):
+            what = "prior = 'faces'" if self._faces else "polish"
+            return f"{what} needs auxiliary-faces (2 photos or more); without, set prior = 'pixels' and no polish"
+        if self.polish and self._method.labels == "searched":
+            return f"polish takes labels that are known, and method '{self.method}' searches them too: set polish = 0"
+        if self.statistics and observation.normalisation_statistics is None:
+            return (
+                "statistics needs normalisation-statistics, and there are none: the model's layers are normalised by "
+                f"'{observation.public_constants.spec.norm}', and only BatchNorm (model.norm=batch) keeps any. Set statistics = 0"
+            )
         if self._unrolls(observation.public_constants) and (why := not_unrolled(observation)) is not None:
             return why
         if self.method != "cascade" or unreadable(observation) is None:
@@ -121,8 +119,8 @@ class GradientInversion(Attack):
             why = unreadable(observation)
         return why
 
-    def sized(self, photos: int) -> GradientInversion:
-        """With ``compiled`` decided by the size of a job, so that a repetition decides alike."""
+    def sized(self, photos: int) -> Self:
+        """With ``compiled`` decided."""
         if self.compiled is not None:
             return self
         return self.model_copy(
@@ -137,7 +135,6 @@ class GradientInversion(Attack):
         """
         constants, updates = observation.public_constants, targets(observation)
         schedule, faces, side = self._schedule, observation.auxiliary_faces, constants.spec.image_size
-        each = schedule.iterations * schedule.restarts
         found: list[Solution] = []
         sources: list[int] = []
         labels: list[int] = []
@@ -148,16 +145,10 @@ class GradientInversion(Attack):
                 found.append(nothing_found(faces, (update.images, 3, side, side)))
                 sources += [source(update)] * update.images
                 continue
-            total = each * len(problems)
+            total = schedule.iterations * schedule.restarts * len(problems) + self._last
             tick = offset(counted(progress, len(updates) * total), number * total)
-            solved = []
-            for tried, (objective, _, count) in enumerate(problems):
-                shape = (count, 3, side, side)
-                prior = self._prior(faces, shape, objective, len(update.classes))
-                distance = distance_of(objective, bool(self.compiled))
-                solved.append(match(distance, prior, shape, schedule, generator, offset(tick, tried * each)))
-            best, (_, rows, count) = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)
-            found.append(_with_all(best, solved))
+            solution, (_, rows, count) = self._searched(problems, update, observation, generator, tick)
+            found.append(solution)
             sources += [source(update)] * count
             labels += [] if rows is None else [update.classes[row] for row in rows.tolist()]
         sizes = torch.tensor([len(s.images) for s in found])
@@ -171,15 +162,43 @@ class GradientInversion(Attack):
             failed=sum(s.failed for s in found),
         )
 
-    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float:
-        """The objective of the update of that number at given images: what a search that fails to find them leaves behind."""
+    def _searched(
+        self, problems: list[Problem], update: ObservedUpdate, observation: Observation, generator: torch.Generator,
+        tick: Callable[[int], None],
+    ) -> tuple[Solution, Problem]:  # fmt: skip
+        """What is found behind one update, and by which of its problems."""
+        schedule, faces, spec = self._schedule, observation.auxiliary_faces, observation.public_constants.spec
+        held = observation.normalisation_statistics if self.statistics else None
+        remembered = None if held is None else distance_from(held, update.before, spec)
+        each, solved = schedule.iterations * schedule.restarts, []
+
+        def search(objective: Objective, prior: Prior, shape: Shape, schedule: Schedule, before: int) -> Solution:
+            prior = prior if remembered is None else WithStatistics(prior, remembered, self.statistics)
+            distance = distance_of(objective, bool(self.compiled))
+            return match(distance, prior, shape, schedule, generator, offset(tick, before))
+
+        for tried, (objective, _, count) in enumerate(problems):
+            shape = (count, 3, spec.image_size, spec.image_size)
+            prior = self._prior(faces, shape, objective, len(update.classes))
+            solved.append(search(objective, prior, shape, schedule, tried * each))
+        best, chosen = min(zip(solved, problems, strict=True), key=lambda pair: pair[0].loss)
+        if self._polish and math.isfinite(best.loss) and not isinstance(chosen[0], NoisyMatching):
+            last = Schedule(self._polish, step_size=POLISH_STEP)
+            prior = self._polishing(faces, best.images, offset(tick, each * len(problems)))
+            polished = search(chosen[0], prior, shape, last, each * len(problems) + self.lessons)
+            solved.append(polished)
+            best = replace(polished, every=best.every) if math.isfinite(polished.loss) else best
+        tick(each * len(problems) + self._last)
+        return _with_all(best, solved), chosen
+
+    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float | None:
         update, constants = targets(observation)[number], observation.public_constants
         try:
             problems = self.problems(update, constants, observation.auxiliary_faces)
         except RefusedError:
-            return math.nan
+            return None
         if self._method.labels == "searched" or problems[0][2] != len(images):
-            return math.nan
+            return None
         return min(float(objective.value(objective.inputs, images).detach()) for objective, _, _ in problems)
 
     @property
@@ -190,7 +209,9 @@ class GradientInversion(Attack):
             case "faces" if chosen.prior == "pixels":
                 return replace(chosen, prior="faces", optimizer="adam", step_size=METHODS["cascade"].step_size)
             case "pixels" if chosen.prior == "faces":
-                return replace(chosen, prior="pixels", optimizer="signed-adam", step_size=0.03, total_variation=1.0)
+                return replace(
+                    chosen, prior="pixels", optimizer="signed-adam", step_size=0.03, total_variation=1.0, polish=False
+                )
         return chosen
 
     @property
@@ -200,6 +221,18 @@ class GradientInversion(Attack):
     @property
     def _faces(self) -> bool:
         return self._method.prior == "faces"
+
+    @property
+    def _polish(self) -> int:
+        if self.polish is not None:
+            return self.polish
+        length = self._schedule.iterations
+        return length * 3 // 8 if self._method.polish and length >= POLISHED else 0
+
+    @property
+    def _last(self) -> int:
+        """How much the last stage counts in progress: lessons, then iterations."""
+        return self._polish + self.lessons if self._polish else 0
 
     @property
     def _schedule(self) -> Schedule:
@@ -264,6 +297,11 @@ class GradientInversion(Attack):
         variation = self._method.total_variation if self.total_variation is None else self.total_variation
         known = faces is not None and self._method.start == "mean"
         return Pixels(centre, known, variation, self.colour_variation, self.symmetry)
+
+    def _polishing(self, faces: Tensor | None, found: Tensor, tick: Callable[[int], None]) -> Prior:
+        assert faces is not None
+        learned = auxiliary_denoiser(faces, self.components, self.copies, self.lessons, tick)
+        return Polish(found, partial(changed, learned), self.denoiser)
 
     def _hold(self, objective: Objective, photos: int) -> float:
         """Weight of the eigenfaces' penalty: as set, or as the noise asks for, where its width is known: |z|²/2 beside a

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attacks.updates import gradient
 from fedgc.backbones.norms import FrozenBatchNorm
-from fedgc.models import build_backbone
+from fedgc.models import load_backbone
 from fedgc.rng import generator
 from fedgc.types import BACKBONE, LocalConstants, ObservedUpdate
 
@@ -48,12 +48,10 @@ class Tail:
 
 def tail(update: ObservedUpdate, constants: LocalConstants) -> Tail | None:
     """The last layers behind an update, or None where their gradient does not reach the observer."""
-    start = {n.removeprefix(BACKBONE): t for n, t in update.before.items() if n.startswith(BACKBONE)}
-    if not start:
+    like = next((t for n, t in update.before.items() if n.startswith(BACKBONE)), None)
+    if like is None:
         return None
-    like = next(iter(start.values()))
-    backbone = build_backbone(constants.spec, seed=0).eval().to(like.dtype)
-    backbone.load_state_dict(start, strict=False)  # integer counters are never sent
+    backbone = load_backbone(constants.spec, update.before)
     calls = _calls(backbone, constants.spec.image_size)
     names = {module: name for name, module in backbone.named_modules()}
     linears = [c for c in calls if isinstance(c[0], nn.Linear)]

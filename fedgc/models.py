@@ -94,7 +94,9 @@ def load_backbone(spec: ModelSpec, tensors: Tensors) -> nn.Module:
     sent = {name.removeprefix(BACKBONE): tensor for name, tensor in tensors.items() if name.startswith(BACKBONE)}
     backbone = build_backbone(spec, seed=0).eval()
     if lacking := sorted(state_tensors(backbone).keys() - sent.keys()):
-        raise RunError(f"no {spec.backbone} can be made of these tensors: {lacking[0]} is missing ({len(lacking)} are)")
+        raise RunError(
+            f"no {spec.backbone} can be made of these tensors: {lacking[0]} is missing ({len(lacking)} in all)"
+        )
     backbone.to(next(iter(sent.values())).dtype).load_state_dict(sent, strict=False)
     return backbone
 

@@ -19,11 +19,14 @@ from fedgc.types import (
     ClientUpdate,
     Gallery,
     LocalConstants,
+    Norm,
     Observation,
     ObservedUpdate,
     Tensors,
     Transcript,
 )
+
+RUNNING = (".running_mean", ".running_var")  # of a BatchNorm layer
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,14 @@ def _foreign(transcript: Transcript, weight: Tensor, classes: tuple[int, ...], s
     return ClassEmbeddings(weight[theirs], tuple(classes[i] for i in theirs)) if theirs else None
 
 
+def _released(tensors: Tensors, norm: Norm) -> dict[str, Any]:
+    """The released backbone, and what its BatchNorm layers remember of the photos that all clients trained on. Layers that are
+    held constant remember public photos only, and GroupNorm nothing."""
+    backbone = backbone_part(tensors)
+    kept = {name: t for name, t in backbone.items() if name.endswith(RUNNING)} if norm == "batch" else {}
+    return {"global_model": backbone, "normalisation_statistics": kept or None}
+
+
 def _server(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
     """Every message, before aggregation; the class embeddings are those that the clients just trained."""
     updates = tuple(_one_update(transcript, u) for u in transcript.updates.values())
@@ -94,7 +105,7 @@ def _server(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
     else:
         rows = _stacked({u.clients[0]: u for u in updates})
     return {
-        "global_model": backbone_part(transcript.released),
+        **_released(transcript.released, transcript.constants.spec.norm),
         "client_updates": updates or None,
         "class_embeddings": rows,
     }
@@ -115,7 +126,7 @@ def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
 
 
 def _participant(transcript: Transcript, seat: int) -> Mapping[str, Any]:
-    view: dict[str, Any] = {"global_model": backbone_part(transcript.released)}
+    view = _released(transcript.released, transcript.constants.spec.norm)
     others = set(transcript.examples) - {seat}
     if others and (seat in transcript.updates or seat not in transcript.examples):  # its own share is subtracted
         view["aggregate"] = _others(transcript, seat)
@@ -161,10 +172,15 @@ def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
 
 def _outsider(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
     """The released backbone. No algorithm here releases its head, so that all are compared alike."""
-    return {"global_model": backbone_part(transcript.released)}
+    return _released(transcript.released, transcript.constants.spec.norm)
 
 
-_ALWAYS = frozenset({"public-constants", "global-model", "auxiliary-faces", "gallery", "candidates", "suspects"})
+_ALWAYS = frozenset(
+    {
+        "public-constants", "global-model", "normalisation-statistics", "auxiliary-faces", "gallery", "candidates",
+        "suspects",
+    }
+)  # fmt: skip
 THREATS = {
     t.name: t
     for t in (
@@ -207,6 +223,6 @@ def outsider_observation(
     rows = None if head is None else ClassEmbeddings(head, tuple(range(len(head))))
     return Observation(
         threat="outsider", algorithm="unknown", round=0, kind="round", public_constants=constants,
-        global_model=dict(backbone), class_embeddings=rows,
+        class_embeddings=rows, **_released(backbone, constants.spec.norm),
         auxiliary_faces=knowledge.auxiliary_faces, gallery=knowledge.gallery,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -192,6 +192,7 @@ class Observation:
     probes: ClassEmbeddings | None = None
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
+    normalisation_statistics: Tensors | None = None  # of BatchNorm layers of the released model
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
     suspects: Gallery | None = None  # people some of whom were trained on, by other photos than those
     auxiliary_people: Tensor | None = None  # a number for the person of each auxiliary face; comes with them
@@ -207,7 +208,7 @@ GRANTS_OF_FIELDS = {
     name: name.replace("_", "-")
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
-        "correction", "probes", "auxiliary_faces", "gallery", "candidates", "suspects",
+        "correction", "probes", "auxiliary_faces", "gallery", "normalisation_statistics", "candidates", "suspects",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())
@@ -282,6 +283,15 @@ class Attack(Named):
 
     def unsuitable(self, observation: Observation) -> str | None:
         """A subclass says here what else keeps it from starting."""
+        return None
+
+    def sized(self, photos: int) -> Self:
+        """The attack with what depends on the size of a job decided, so that a repetition decides alike."""
+        return self
+
+    def loss_at(self, observation: Observation, number: int, images: Tensor) -> float | None:
+        """Of an attack that searches: its objective of the update of that number at given images (B, 3, H, W), to tell a search
+        that fell short. None where there is none."""
         return None
 
     @final

@@ -28,7 +28,7 @@ from fedgc.pipeline.linking import told_apart
 from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
 from fedgc.pipeline.verdicts import Bench
 from fedgc.pipeline.watch import Watch, silent
-from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct, sized
+from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct
 from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS, Knowledge, outsider_observation
@@ -162,7 +162,7 @@ def _jobs(run: RunDirectory, attack: Attack, threat: str, rounds: tuple[int, ...
         if (size := size_of(name)) is not None:
             sizes.setdefault(size, []).append(name)
     photos = targets or (DEFAULT_TARGETS if attack.costly else None)
-    attack = sized(attack, photos or 0)
+    attack = attack.sized(photos or 0)
     return [Job(attack, threat, tuple(sizes[b, k]), rounds, b, photos, k) for b, k in sorted(sizes)]
 
 

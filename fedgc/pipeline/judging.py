@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.gradient_inversion import GradientInversion
 from eval.linkage import score_photos
 from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels
 from fedgc.models import load_backbone
@@ -76,11 +75,12 @@ def optimisation_limited(
 ) -> int:
     """In how many updates the search ended above its own loss at the true photos: that it did not find them is then the search's
     doing, and says nothing of what the update holds. Only of attacks that search."""
-    if not isinstance(job.attack, GradientInversion) or found.loss is None:
+    if found.loss is None:
         return 0
     truth = run.load_truth(name)
     count = 0
     for number, group in enumerate(batches(found, truth, job.seat)):
         loss = found.loss[[i for i, s in enumerate(found.sources) if s == group.source]][0]
-        count += bool(loss > job.attack.loss_at(observation, number, group.photos))
+        at_truth = job.attack.loss_at(observation, number, group.photos)
+        count += at_truth is not None and bool(loss > at_truth)
     return count

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from attacks.gradient_inversion import GradientInversion
 from fedgc.config import PROBER
 from fedgc.errors import FedgcError, RunError
 from fedgc.files import PRIVATE, make_folder, read_tensors, write_tensors
@@ -77,11 +76,6 @@ def limited(observation: Observation, photos: int | None) -> tuple[Observation, 
         kept.append(update)
         count += update.images
     return replace(observation, client_updates=tuple(kept)), count
-
-
-def sized(attack: Attack, photos: int) -> Attack:
-    """The attack with what depends on the size of a job decided, so that a repetition decides alike."""
-    return attack.sized(photos) if isinstance(attack, GradientInversion) else attack
 
 
 def reconstruct(run: RunDirectory, job: Job, seen: Mapping[str, Observation], tick: Tick) -> dict[str, Reconstruction]:

@@ -15,7 +15,7 @@ from fedgc.data.synthetic import synthetic_faces
 from fedgc.doors import Defense
 from fedgc.federation import Federation, Party, Schedule
 from fedgc.threats import THREATS, Knowledge
-from fedgc.types import Gallery, ModelSpec, Observation, Transcript, Truth
+from fedgc.types import Gallery, ModelSpec, Norm, Observation, Transcript, Truth
 
 SIZE, PEOPLE, PHOTOS = 32, 6, 3
 
@@ -39,26 +39,26 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def world() -> Callable[..., World]:
-    """world(algorithm, batch=1, clients=2, kind="step", defense=NoDefense(), steps=1) at a federation's initial state."""
+    """world(algorithm, batch=1, clients=2, kind="step", defense=NoDefense(), steps=1, norm="group") at the initial state."""
     strangers, _ = synthetic_faces(60, 1, SIZE, seed=2)
-    cache: dict[tuple[str, int, int, str, str, int], World] = {}
+    cache: dict[tuple[str, int, int, str, str, int, Norm], World] = {}
 
     def build(
         algorithm: str = "fedgc", batch: int = 1, clients: int = 2, kind: str = "step", defense: Defense | None = None,
-        steps: int = 1,
+        steps: int = 1, norm: Norm = "group",
     ) -> World:  # fmt: skip
         defense = defense or NoDefense()
-        key = algorithm, batch, clients, kind, repr(defense), steps
+        key = algorithm, batch, clients, kind, repr(defense), steps, norm
         if key not in cache:
-            cache[key] = _world(algorithm, batch, clients, kind, strangers.float() / 255, defense, steps)
+            cache[key] = _world(algorithm, batch, clients, kind, strangers.float() / 255, defense, steps, norm)
         return cache[key]
 
     return build
 
 
 def _world(
-    algorithm: str, batch: int, clients: int, kind: str, strangers: torch.Tensor, defense: Defense, steps: int
-) -> World:
+    algorithm: str, batch: int, clients: int, kind: str, strangers: torch.Tensor, defense: Defense, steps: int, norm: Norm,
+) -> World:  # fmt: skip
     faces, people = synthetic_faces(PEOPLE * clients, PHOTOS, SIZE, seed=1)
     parties = [
         Party(k, faces[mine], people[mine], tuple(range(k * PEOPLE, (k + 1) * PEOPLE)))
@@ -69,7 +69,7 @@ def _world(
         rounds=3, local_epochs=1, batch_size=4, lr=0.05, head_lr_factor=2.0, momentum=0.9, weight_decay=1e-3,
         clip_norm=1.0, participation=1.0, push=Push(weight=1.0), augment=False,
     )  # fmt: skip
-    spec = ModelSpec("small", "group", 32, SIZE, "cosface", 0.25, 16.0)
+    spec = ModelSpec("small", norm, 32, SIZE, "cosface", 0.25, 16.0)
     cpu = torch.device("cpu")
     federation = Federation(ALGORITHMS[algorithm], spec, schedule, parties, defense, 0, 1, cpu)
     first = [slice(0, batch * PHOTOS, PHOTOS)] * clients  # a photo each of the first people

@@ -179,7 +179,7 @@ def test_the_surrogate_is_chosen_by_its_loss(world, monkeypatch, best: int) -> N
         return Solution(images, loss, images[None], 4, 1)
 
     monkeypatch.setattr("attacks.gradient_inversion.match", solved)
-    answer = GradientInversion(**FEW)(alone(world(steps=3).seen_by("server")), generator(0))
+    answer = GradientInversion(**FEW, polish=0)(alone(world(steps=3).seen_by("server")), generator(0))
     assert float(answer.loss[0]) == pytest.approx(0.1)
     assert float(answer.images.mean()) == pytest.approx(best / 10)
     assert (answer.iterations, answer.failed) == (4 * len(PLACES), len(PLACES))

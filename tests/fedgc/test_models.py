@@ -12,10 +12,10 @@ from torch import nn
 
 from fedgc.backbones.norms import set_norm
 from fedgc.config import Model
-from fedgc.errors import UsageError
-from fedgc.models import BACKBONES, FaceModel, build_backbone, build_model, embed, state_tensors
+from fedgc.errors import RunError, UsageError
+from fedgc.models import BACKBONES, FaceModel, build_backbone, build_model, embed, load_backbone, state_tensors
 from fedgc.pipeline.listing import listing
-from fedgc.types import ModelSpec
+from fedgc.types import BACKBONE, HEAD, ModelSpec
 
 SMALL = ModelSpec("small", "group", 16, 32, "cosface", 0.25, 30.0)
 INCEPTION = replace(SMALL, backbone="inception-resnet-v1", embedding_size=512, image_size=80)
@@ -52,6 +52,20 @@ def test_weights_are_a_function_of_spec_and_seed(name: str) -> None:
     assert all(torch.equal(first[n], again[n]) for n in first)
     convolution = next(n for n, t in first.items() if t.dim() == 4)
     assert not torch.equal(first[convolution], other[convolution])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_backbone_of_a_message_is_the_one_that_was_sent(dtype: torch.dtype) -> None:
+    spec = replace(SMALL, norm="batch")
+    sender = build_backbone(spec, seed=5).to(dtype)
+    sender(photos(4).to(dtype) / 255)  # moves running statistics, and a counter that is not sent
+    message = {f"{BACKBONE}{name}": tensor for name, tensor in state_tensors(sender).items()}
+    held = load_backbone(spec, {**message, HEAD: torch.zeros(3, 16)})
+    assert not held.training
+    x = photos(2).to(dtype) / 255
+    torch.testing.assert_close(held(x), sender.eval()(x), rtol=0, atol=0)
+    with pytest.raises(RunError, match=r"embedding.weight is missing \(1 in all\)"):
+        load_backbone(spec, {name: t for name, t in message.items() if not name.endswith("embedding.weight")})
 
 
 @pytest.mark.parametrize(

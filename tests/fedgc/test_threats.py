@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from defenses.dp_sgd import DPSGD
 from fedgc.algorithms import Push
 from fedgc.federation import Party
+from fedgc.models import build_backbone
 from fedgc.threats import THREATS, Knowledge, outsider_observation
 from fedgc.types import (
     BACKBONE,
@@ -29,6 +31,7 @@ from fedgc.types import (
     Truth,
 )
 from fedgc.victims import victims
+from tests.fedgc.conftest import SPEC
 
 OWNED = {"auxiliary-faces", "gallery"}
 PUBLIC = {"public-constants", "global-model"}
@@ -169,6 +172,26 @@ def test_no_observation_can_reach_the_truth() -> None:
     assert Transcript not in reached
     assert Party not in reached
     assert Truth not in types_in(Transcript, set())
+
+
+# -- what BatchNorm layers remember
+
+
+@pytest.mark.parametrize("threat", THREATS)
+@pytest.mark.parametrize("kind", ["round", "step"])
+def test_every_seat_holds_the_running_statistics_of_a_released_model(transcript, threat: str, kind: str) -> None:
+    t = transcript("fedgc", kind, spec=replace(SPEC, norm="batch"))
+    held = THREATS[threat].observe(t).normalisation_statistics
+    layers = sum(isinstance(m, torch.nn.BatchNorm2d) for m in build_backbone(t.constants.spec, seed=0).modules())
+    assert len(held) == 2 * layers > 0
+    assert all(torch.equal(x, t.released[name]) for name, x in held.items())
+    assert all(float(x.std()) > 0 for x in held.values())  # the round before it has moved them
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+def test_there_are_no_running_statistics_where_no_layer_keeps_any(transcript, norm: str) -> None:
+    t = transcript("fedgc", spec=replace(SPEC, norm=norm))
+    assert all(threat.observe(t).normalisation_statistics is None for threat in THREATS.values())
 
 
 # -- the server
