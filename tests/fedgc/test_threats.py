@@ -147,7 +147,7 @@ EMPTY = Transcript("fedgc", 1, "round", None, {}, {}, {}, {}, {}, {}, (), {})  #
 
 def test_every_field_of_an_observation_is_a_grant_or_names_it() -> None:
     names = {f.name for f in dataclasses.fields(Observation)}
-    assert names - {"threat", "algorithm", "round", "kind"} == set(GRANTS_OF_FIELDS)
+    assert names - {"threat", "algorithm", "round", "kind", "auxiliary_people"} == set(GRANTS_OF_FIELDS)
     assert all(model.grants <= set(GRANTS) for model in THREATS.values())
 
 
