@@ -43,6 +43,7 @@ class RoundResult:
     transcript: Transcript
     loss: float
     images: int
+    dropped: int = 0
 
 
 Where = tuple[int | str, ...]  # names a round or a recorded step among the random streams
@@ -58,6 +59,7 @@ class Collected:
     charges: tuple[Charge, ...] = ()
     losses: list[float] = field(default_factory=list)
     images: int = 0
+    dropped: int = 0
     probes: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -102,7 +104,7 @@ class Federation:
     def plan(self, party: Party) -> ClientPlan:
         n, batch = len(party.photos), min(self.schedule.batch_size, len(party.photos))
         per_round = self.schedule.local_epochs * math.ceil(n / batch)
-        return ClientPlan(party.client, n, batch, per_round * self.schedule.rounds)
+        return ClientPlan(party.client, n, batch, per_round * self.schedule.rounds, party.labels.cpu())
 
     @cached_property
     def push_weight(self) -> float:
@@ -185,7 +187,8 @@ class Federation:
             self._collect(got, party, result, examples, where, keep, mine)
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got.updates, returned, examples, carried)
-        return RoundResult(new, transcript, sum(got.losses) / max(1, len(got.losses)), got.images)
+        loss = sum(got.losses) / max(1, len(got.losses))
+        return RoundResult(new, transcript, loss, got.images, got.dropped)
 
     def _visible_rows(self, party: Party) -> tuple[int, ...]:
         return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
@@ -210,7 +213,7 @@ class Federation:
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
             n, steps = len(party.photos), constants.steps or 1
-            plan = ClientPlan(party.client, n, n, steps)
+            plan = ClientPlan(party.client, n, n, steps, party.labels.cpu())
             batches, sampling = iter([torch.arange(n)] * steps), None
         else:
             plan = self.plan(party)
@@ -253,6 +256,7 @@ class Federation:
         got.charges += (charge,) if charge is not None else ()
         got.losses += [] if math.isnan(result.loss) else [result.loss]
         got.images += result.images
+        got.dropped += result.dropped
 
     def _next(
         self, state: State, got: Collected, constants: LocalConstants, where: Where
