@@ -12,10 +12,13 @@ from collections import defaultdict
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from fedgc.errors import UsageError
 
 History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, steps), as Opacus keeps it
 FINEST = 1e-4  # of the mesh of privacy losses
+PROFILE = 60  # points of a privacy profile
 RELATIVE = 1e-4  # of the mesh, in parts of the bound: finer ones take minutes where epsilon is in the thousands
 
 
@@ -83,16 +86,30 @@ def pld_epsilon(history: History, delta: float, photos: int = 1) -> float | None
     a step is a mixture of Gaussians whose means are the number of them in the batch (binomial), their gradients taken as equal,
     the worst case. With one photo that is the figure per photo.
     """
-    try:
-        from dp_accounting.pld import privacy_loss_distribution as pld
-    except ImportError:
+    whole = _losses(tuple(merged(history)), delta, photos) if pld_version() else None
+    return None if whole is None else float(whole.get_epsilon_for_delta(delta))
+
+
+def profile(history: History, delta: float) -> list[tuple[float, float]] | None:
+    """(epsilon, delta(epsilon)) pairs of a whole run, each of which holds; None where dp-accounting is not installed."""
+    whole = _losses(tuple(merged(history)), delta, 1) if pld_version() else None
+    if whole is None:
         return None
+    top = 1.5 * max(1.0, float(whole.get_epsilon_for_delta(delta)))
+    epsilons = [0.0, *np.geomspace(0.01, top, PROFILE - 1).tolist()]
+    return [(e, min(1.0, float(whole.get_delta_for_epsilon(e)))) for e in epsilons]
+
+
+@lru_cache(maxsize=16)
+def _losses(history: tuple[tuple[float, float, int], ...], delta: float, photos: int) -> Any:
+    """The distribution of privacy losses of all these steps, and None without any."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
     from scipy.stats import binom
 
-    bound = epsilon_of(history, delta, quick=True) * photos
+    bound = epsilon_of(list(history), delta, quick=True) * photos if history else 0.0
     mesh = max(FINEST, RELATIVE * bound) if math.isfinite(bound) else 1.0
     whole = None
-    for sigma, rate, steps in merged(history):
+    for sigma, rate, steps in history:
         if photos == 1:
             step = pld.from_gaussian_mechanism(
                 sigma, sampling_prob=rate, value_discretization_interval=mesh, use_connect_dots=True
@@ -105,7 +122,7 @@ def pld_epsilon(history: History, delta: float, photos: int = 1) -> float | None
             )
         part = step.self_compose(steps)
         whole = part if whole is None else whole.compose(part)
-    return 0.0 if whole is None else float(whole.get_epsilon_for_delta(delta))
+    return whole
 
 
 def pld_version() -> str | None:

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from defenses.accounting import History, epsilon_of, merged, noise_for, pld_epsilon, pld_version, undominated
+from defenses.accounting import History, epsilon_of, merged, noise_for, pld_epsilon, pld_version, profile, undominated
 from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
 from fedgc.rng import on_device
@@ -177,8 +177,10 @@ class DPSGD(Defense):
         version = pld_version()
         if version is None:
             return {"epsilon_pld": None, "pld": "not computed: dp-accounting is not installed"}
-        worst = max((pld_epsilon(h, self.delta) or 0.0 for h in runs.values()), default=0.0)
-        said: dict[str, Any] = {"epsilon_pld": worst, "pld": f"dp-accounting {version}"}
+        by_client = {client: pld_epsilon(h, self.delta) or 0.0 for client, h in runs.items()}
+        said: dict[str, Any] = {"epsilon_pld": max(by_client.values(), default=0.0), "pld": f"dp-accounting {version}"}
+        if by_client:
+            said["profile"] = profile(runs[max(by_client, key=by_client.__getitem__)], self.delta)
         if self.unit == "image":
             person = max((pld_epsilon(h, self.delta, photos[client]) or 0.0 for client, h in runs.items()), default=0.0)
             said |= {"epsilon_identity": person, "photos_of_a_person": max(photos.values(), default=1)}

@@ -202,7 +202,8 @@ def _statement(cell: Cell) -> dict[str, str]:
     if p.get("unit", "image") == "image" and photos > 1 and p.get("epsilon_identity") is None:
         terms[f"All {photos} photos of a person"] = _group(p["epsilon"], p["delta"], photos)
     for candidates in (100, 1000):
-        gamma = rero_from_profile([p["epsilon"]], [p["delta"]], 1 / candidates)
+        pairs = [*(p.get("profile") or ()), (p["epsilon"], p["delta"])]
+        gamma = rero_from_profile([e for e, _ in pairs], [d for _, d in pairs], 1 / candidates)
         terms[f"γ at 1 in {candidates}"] = "no bound" if gamma >= 1 else f"{100 * gamma:.2g} %"
     return {**terms, "Tuning runs": "not counted", "Adversary's view": VIEW}
 

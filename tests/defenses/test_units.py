@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from defenses.accounting import epsilon_of, pld_epsilon
+from defenses.accounting import epsilon_of, pld_epsilon, profile
 from defenses.dp_sgd import DPSGD, photos_of_people, poisson_units
+from eval.privacy import rero_from_profile
 from fedgc import heads
 from fedgc.doors import ClientPlan, LocalSession
 from fedgc.errors import UsageError
@@ -145,6 +146,14 @@ def test_the_anchor_by_both_libraries() -> None:
     history = [(1.0, 0.1, 200)]
     assert pld_epsilon(history, 2.5e-4) == pytest.approx(8.03, abs=0.01)
     assert epsilon_of(history, 2.5e-4) == pytest.approx(8.03, abs=0.03)
+
+
+@pld
+def test_the_profile_bounds_reconstruction_as_computed_elsewhere() -> None:
+    """n = 400, batch 40, 20 epochs, δ = 2.5e-4: γ at 1 in 100 is 0.272 where ε is 8 (σ = 1.01), 0.102 at 4 (σ = 1.51)."""
+    for sigma, gamma in ((1.01, 0.272), (1.51, 0.102)):
+        pairs = profile([(sigma, 0.1, 200)], 2.5e-4)
+        assert rero_from_profile(*zip(*pairs, strict=True), 0.01) == pytest.approx(gamma, rel=0.03)
 
 
 @pld
