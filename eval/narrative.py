@@ -199,7 +199,7 @@ def _statement(cell: Cell) -> dict[str, str]:
     for candidates in (100, 1000):
         gamma = rero_from_profile([p["epsilon"]], [p["delta"]], 1 / candidates)
         terms[f"γ at 1 in {candidates}"] = "no bound" if gamma >= 1 else f"{100 * gamma:.2g} %"
-    return {**terms, "Tuning runs": "not counted", "Adversary's view": VIEW}
+    return {**terms, "Tuning runs": "not counted", "Adversary's view": p.get("view", VIEW)}
 
 
 def _photos(cell: Cell) -> int:
