@@ -6,12 +6,13 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from defenses.client_dp import ClientDP
 from defenses.clip_only import ClipOnly
 from defenses.dp_sgd import DPSGD
 from defenses.none import NoDefense
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD | ClipOnly, Field(discriminator="name")]
+AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }
