@@ -10,9 +10,10 @@ from defenses.client_dp import ClientDP
 from defenses.clip_only import ClipOnly
 from defenses.dp_sgd import DPSGD
 from defenses.none import NoDefense
+from defenses.pruning import Pruning
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly, Field(discriminator="name")]
+AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }
