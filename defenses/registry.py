@@ -11,9 +11,10 @@ from defenses.clip_only import ClipOnly
 from defenses.dp_sgd import DPSGD
 from defenses.none import NoDefense
 from defenses.pruning import Pruning
+from defenses.quantization import Quantization
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning, Field(discriminator="name")]
+AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }
