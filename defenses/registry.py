@@ -8,6 +8,7 @@ from pydantic import Field
 
 from defenses.client_dp import ClientDP
 from defenses.clip_only import ClipOnly
+from defenses.correction_noise import CorrectionNoise
 from defenses.dp_sgd import DPSGD
 from defenses.embedding_noise import EmbeddingNoise
 from defenses.none import NoDefense
@@ -15,7 +16,7 @@ from defenses.pruning import Pruning
 from defenses.quantization import Quantization
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | EmbeddingNoise, Field(discriminator="name")]
+AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | EmbeddingNoise | CorrectionNoise, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }
