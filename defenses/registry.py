@@ -14,9 +14,10 @@ from defenses.embedding_noise import EmbeddingNoise
 from defenses.none import NoDefense
 from defenses.pruning import Pruning
 from defenses.quantization import Quantization
+from defenses.row_step_bound import RowStepBound
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | EmbeddingNoise | CorrectionNoise, Field(discriminator="name")]
+AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | EmbeddingNoise | CorrectionNoise | RowStepBound, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }
