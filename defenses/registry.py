@@ -15,9 +15,14 @@ from defenses.none import NoDefense
 from defenses.pruning import Pruning
 from defenses.quantization import Quantization
 from defenses.row_step_bound import RowStepBound
+from defenses.secure_aggregation import SecureAggregation
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | EmbeddingNoise | CorrectionNoise | RowStepBound, Field(discriminator="name")]
+AnyDefense = Annotated[
+    NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | SecureAggregation | EmbeddingNoise
+    | CorrectionNoise | RowStepBound,
+    Field(discriminator="name"),
+]  # fmt: skip
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }
