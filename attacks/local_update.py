@@ -49,7 +49,7 @@ def _step_at(place: float, update: ObservedUpdate, mean: Tensors, constants: Loc
 
 def _quieter(constants: LocalConstants, weights: list[float]) -> dict[str, object]:
     card = dict(constants.defense)
-    if "noise_multiplier" in card:
+    if card.get("name") == "dp-sgd":
         card["noise_multiplier"] *= sum(w * w for w in weights) ** 0.5 / sum(weights)
     return card
 
@@ -59,8 +59,8 @@ def not_unrolled(observation: Observation) -> str | None:
     constants, instead = observation.public_constants, "set local_update = 'surrogate'"
     if (constants.steps or 0) > MOST:
         return f"local_update = 'unrolled' takes up to {MOST} steps again, and this update is of {constants.steps}: {instead}"
-    if constants.defense.get("max_grad_norm"):
-        return f"local_update = 'unrolled' does not take the steps of {constants.defense.get('name', 'a defense')}: {instead}"
+    if constants.defense.get("name") == "dp-sgd":
+        return f"local_update = 'unrolled' does not take the steps of dp-sgd: {instead}"
     if any(len(update.clients) > 1 for update in targets(observation)):
         return f"local_update = 'unrolled' takes one client's steps, and this update is a mean over several: {instead}"
     return unreadable(observation)

@@ -88,8 +88,8 @@ class Noise(NamedTuple):
 
     @classmethod
     def of(cls, update: ObservedUpdate, constants: LocalConstants) -> Noise | None:
-        """None where the card tells of no noise. Every client of a mean of several added noise of its own."""
+        """None where the card tells of none on the gradients of photos. Every client of a mean added noise of its own."""
         clip, sigma = (constants.defense.get(key) for key in ("max_grad_norm", "noise_multiplier"))
-        if not clip or not sigma:
+        if constants.defense.get("name") != "dp-sgd" or not clip or not sigma:
             return None
         return cls(clip, sigma * clip * len(update.clients) ** 0.5 / update.images)

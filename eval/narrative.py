@@ -205,7 +205,7 @@ def _statement(cell: Cell) -> dict[str, str]:
         pairs = [*(p.get("profile") or ()), (p["epsilon"], p["delta"])]
         gamma = rero_from_profile([e for e, _ in pairs], [d for _, d in pairs], 1 / candidates)
         terms[f"γ at 1 in {candidates}"] = "no bound" if gamma >= 1 else f"{100 * gamma:.2g} %"
-    return {**terms, "Tuning runs": "not counted", "Adversary's view": VIEW}
+    return {**terms, "Tuning runs": "not counted", "Adversary's view": p.get("view", VIEW)}
 
 
 def _photos(cell: Cell) -> int:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from fedgc.errors import UsageError
 from fedgc.types import Charge, ClientUpdate, Named, Tensors
+
+Pairwise = Callable[[int], torch.Generator]
 
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """What a defense must know about one client before training: photos, expected batch size, steps in the whole run, and the
-    person of each photo, int64 (images,), where a defense may count people."""
+    """What a defense must know about one client before training: photos, expected batch size, steps and rounds in the whole run,
+    and the person of each photo, int64 (images,), where a defense may count people."""
 
     client: int
     images: int
     batch_size: int
     steps: int
+    rounds: int = 1
     people: Tensor | None = None
 
     @property
@@ -34,6 +38,39 @@ class ClientPlan:
         return (
             1 if self.people is None or not len(self.people) else int(self.people.unique(return_counts=True)[1].max())
         )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a defense must know about the training scheme. head: who holds class embeddings (`fedgc.algorithms.Algorithm`);
+    sends: whether there is a server to send to; corrects: whether it changes class embeddings; senders: clients in a round."""
+
+    algorithm: str
+    head: Literal["shared", "stacked", "private"]
+    sends: bool
+    corrects: bool
+    senders: int
+
+    def require_updates(self, defense: str) -> None:
+        """Raises UsageError where no client sends anything."""
+        self.require(self.sends, defense, "what clients send", "fedavg, fedpe, fedgc, fedcos or fedaws")
+
+    def require_uploaded_rows(self, defense: str) -> None:
+        """Raises UsageError unless every client uploads class embeddings that are its own."""
+        self.require(
+            self.head == "stacked",
+            defense,
+            "class embeddings that their owner alone uploads",
+            "fedgc, fedcos or fedaws",
+        )
+
+    def require(self, holds: bool, defense: str, what: str, able: str) -> None:
+        """Raises UsageError unless ``holds``: that ``defense`` changes ``what``, which only the algorithms ``able`` have."""
+        if not holds:
+            raise UsageError(
+                f"{defense} changes {what}, and there is none under {self.algorithm}: use it with "
+                f"federation.algorithm = {able}, or set defense.name = none"
+            )
 
 
 @dataclass
@@ -54,12 +91,17 @@ class Defense(Named):
 
     summary: ClassVar[str] = ""
     per_photo: ClassVar[bool] = False  # needs the gradient of each photo, in full precision
+    masks: ClassVar[bool] = False  # the server reads no averaged update but their sum
+    keeps_rows: ClassVar[bool] = False  # clients keep class embeddings of their own, other than those that they upload
 
     def prepared(self, clients: Sequence[ClientPlan]) -> Defense:
         return self
 
     def check_module(self, module: torch.nn.Module) -> None:
         """Raise UsageError where the network cannot be trained under this defense."""
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Raise UsageError where the training scheme has nothing that this defense could change."""
 
     def local_training(
         self,
@@ -77,12 +119,32 @@ class Defense(Named):
         """On the update that leaves a client."""
         return update
 
-    def aggregated(self, delta: Tensors, noise: torch.Generator) -> Tensors:
-        """On the aggregate, at the server."""
+    def uploading(self, client: int, rows: Tensor, noise: torch.Generator) -> Tensor:
+        """Where ``keeps_rows``: what a client uploads in place of its own class embeddings (n, d). It applies to its own what
+        the server's answer changed in those. noise: the same stream in every round."""
+        return rows
+
+    def receiving(self, client: int, change: Tensor, held: Tensor) -> Tensor:
+        """On how far the server lets a client's class embeddings move from those that it last returned, ``held`` (n, d). A
+        public rule without chance, so that clients know what is taken of their ``change`` (n, d) and send no more."""
+        return change
+
+    def masked(self, client: int, share: Tensors, present: Sequence[int], stream: Pairwise) -> Tensors:
+        """Where ``masks``: what a client sends in place of its weighted share of the mean, int64, to be added up. present:
+        all who send in this round; stream(k): the randomness that it shares with client k and with nobody else."""
+        raise NotImplementedError
+
+    def unmasked(self, total: Tensors) -> Tensors:
+        """Where ``masks``: the sum of all shares, of the sum of what arrived."""
+        raise NotImplementedError
+
+    def aggregated(self, delta: Tensors, share: float, noise: torch.Generator) -> Tensors:
+        """On a weighted sum of updates, at the server. share: the largest weight of one client in it, which is 1 for class
+        embeddings that are stacked and not averaged."""
         return delta
 
-    def returning(self, client: int, rows: Tensor, noise: torch.Generator) -> Tensor:
-        """On the class embeddings that the server sends back to one client."""
+    def returning(self, client: int, rows: Tensor, uploaded: Tensor, noise: torch.Generator) -> Tensor:
+        """On the class embeddings (n, d) that the server sends back to one client. uploaded: before they were corrected."""
         return rows
 
     def charge(self, plan: ClientPlan, round: int, steps: int) -> Charge | None:

@@ -7,17 +7,18 @@ client, so that a resumed run needs no replay and recording does not disturb tra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from fedgc.algorithms import Algorithm, RunningMean, backbone_part, owner_tensor
-from fedgc.doors import ClientPlan, Defense
+from fedgc.algorithms import Algorithm, owner_tensor
+from fedgc.doors import ClientPlan, Defense, Scheme
 from fedgc.errors import UsageError
 from fedgc.heads import CosineHead, initial_rows
+from fedgc.inbox import Inbox, Where
 from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
 from fedgc.models import FaceModel, build_backbone, state_tensors
 from fedgc.probing import Probes, Probing, next_probes, require_answers
@@ -26,8 +27,6 @@ from fedgc.schedule import Party, Schedule
 from fedgc.types import (
     BACKBONE,
     HEAD,
-    Charge,
-    ClientUpdate,
     LocalConstants,
     ModelSpec,
     State,
@@ -44,23 +43,6 @@ class RoundResult:
     loss: float
     images: int
     dropped: int = 0
-
-
-Where = tuple[int | str, ...]  # names a round or a recorded step among the random streams
-
-
-@dataclass
-class Collected:
-    """What the server gathers while clients report, in one accumulator; ``updates`` are those that are kept for the record."""
-
-    rows: Tensor
-    mean: RunningMean = field(default_factory=RunningMean)
-    updates: dict[int, ClientUpdate] = field(default_factory=dict)
-    charges: tuple[Charge, ...] = ()
-    losses: list[float] = field(default_factory=list)
-    images: int = 0
-    dropped: int = 0
-    probes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -84,6 +66,9 @@ class Federation:
             memory_format=torch.channels_last
         )  # the faster layout for convolutions on a CPU
         self.owners = tuple(p.client for p in self.parties for _ in p.classes)
+        held = self.backbone.named_buffers() if self.spec.norm == "frozen" else ()
+        self.constant = frozenset(BACKBONE + name for name, _ in held)  # what no client trains and no defense changes
+        self.defense.check_scheme(self.scheme)
         if self.probing is not None:
             require_answers(self.algorithm, len(self.parties))
         module = FaceModel(self.backbone, CosineHead(1, self.spec.embedding_size))
@@ -101,10 +86,16 @@ class Federation:
     def classes(self) -> int:
         return len(self.owners)
 
+    @property
+    def scheme(self) -> Scheme:
+        a = self.algorithm
+        return Scheme(a.name, a.head, a.alone is None, a.corrects, len(self.participants(1)))
+
     def plan(self, party: Party) -> ClientPlan:
         n, batch = len(party.photos), min(self.schedule.batch_size, len(party.photos))
         per_round = self.schedule.local_epochs * math.ceil(n / batch)
-        return ClientPlan(party.client, n, batch, per_round * self.schedule.rounds, party.labels.cpu())
+        labels, steps = party.labels.cpu(), per_round * self.schedule.rounds
+        return ClientPlan(party.client, n, batch, steps, self.schedule.rounds, labels)
 
     @cached_property
     def push_weight(self) -> float:
@@ -118,7 +109,8 @@ class Federation:
         rows = initial_rows(self.classes, self.spec.embedding_size, generator(self.seed, "rows"))
         start = self.initial or {BACKBONE + name: tensor for name, tensor in state_tensors(self._fresh()).items()}
         backbone = {name: tensor.to(self.device) for name, tensor in start.items()}
-        return State(0, backbone, rows.to(self.device))
+        rows = rows.to(self.device)
+        return State(0, backbone, rows, kept={HEAD: rows.clone()} if self.defense.keeps_rows else {})
 
     def constants(self, round: int) -> LocalConstants:
         s = self.schedule
@@ -179,16 +171,20 @@ class Federation:
     ) -> RoundResult:
         """Clients train, each update is added up as it arrives, and the server makes the next state of the sum."""
         examples = {p.client: len(p.photos) for p in parties}
-        got = Collected(state.rows.clone(), probes=state.probes)
+        got = Inbox(self.algorithm, self.defense, self.noise_key, self.constant, where, examples, state, keep)
         probes = self._probes(state, where)
         for party in parties:
             mine = probes if self.probing and party.client == self.probing.client else None
             result = self._train(party, state, constants, where, mine)
-            self._collect(got, party, result, examples, where, keep, mine)
+            got.take(party, result, self.plan(party), mine)
         new, carried, returned = self._next(state, got, constants, where)
-        transcript = self._transcript(state, new, where, constants, got.updates, returned, examples, carried)
+        transcript = self._transcript(state, new, where, constants, got, returned, carried)
         loss = sum(got.losses) / max(1, len(got.losses))
         return RoundResult(new, transcript, loss, got.images, got.dropped)
+
+    def _kept(self, state: State) -> Tensor:
+        """Class embeddings (C, d) that clients train from: their own where they keep such, else what the server holds."""
+        return state.kept.get(HEAD, state.rows)
 
     def _visible_rows(self, party: Party) -> tuple[int, ...]:
         return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
@@ -197,8 +193,9 @@ class Federation:
         """What the probing client has in mind in this round; None while nobody probes."""
         if self.probing is None or int(where[1]) < self.probing.first:
             return None
-        received = state.rows[list(self.parties[self.probing.client].classes)]
         before = Probes(**state.probes) if state.probes else None
+        held = state.rows if before else self._kept(state)
+        received = held[list(self.parties[self.probing.client].classes)]
         return next_probes(self.probing, int(where[1]), self.seed, received, before)
 
     def _train(
@@ -207,13 +204,13 @@ class Federation:
         """The client's half: what ``party`` makes of the state, in a round on all its photos or in a recorded step on them."""
         rows, recorded = self._visible_rows(party), where[0] == "step"
         model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
-        start = state.rows[list(rows)] if probes is None else probes.own
+        start = self._kept(state)[list(rows)] if probes is None else probes.own
         load_tensors(model, {**state.backbone, HEAD: start})
         model.train(not recorded)
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
             n, steps = len(party.photos), constants.steps or 1
-            plan = ClientPlan(party.client, n, n, steps, party.labels.cpu())
+            plan = ClientPlan(party.client, n, n, steps, people=party.labels.cpu())
             batches, sampling = iter([torch.arange(n)] * steps), None
         else:
             plan = self.plan(party)
@@ -233,39 +230,14 @@ class Federation:
         _, t, batch, number, *steps = where
         return t, party.client, "step", batch, number, *steps
 
-    def _collect(
-        self, got: Collected, party: Party, result: LocalResult, examples: Mapping[int, int], where: Where,
-        keep: Callable[[int], bool], probes: Probes | None = None,
-    ) -> None:  # fmt: skip
-        """What one client uploads (private class embeddings stay at home), added to what the server holds. probes: of a client
-        that uploads them, in whole rounds, in place of its class embeddings."""
-        k, private = party.client, self.algorithm.head == "private"
-        update = ClientUpdate(k, backbone_part(result.delta) if private else result.delta, examples[k])
-        update = self.defense.outgoing(update, generator(self.noise_key, "outgoing", *where, k))
-        if probes is not None and where[0] == "round":
-            chosen = probes.sent - got.rows[list(party.classes)]
-            update = replace(update, tensors={**update.tensors, HEAD: chosen})
-            got.probes = probes.after(result.delta[HEAD]).to_tensors()
-        shared = update.tensors if self.algorithm.head == "shared" else backbone_part(update.tensors)
-        got.mean.add(shared, examples[k] / sum(examples.values()))
-        if self.algorithm.head != "shared":
-            got.rows[list(party.classes)] += (result.delta if private else update.tensors)[HEAD]
-        if keep(k):
-            got.updates[k] = update
-        charge = self.defense.charge(self.plan(party), int(where[1]), result.steps)
-        got.charges += (charge,) if charge is not None else ()
-        got.losses += [] if math.isnan(result.loss) else [result.loss]
-        got.images += result.images
-        got.dropped += result.dropped
-
     def _next(
-        self, state: State, got: Collected, constants: LocalConstants, where: Where
+        self, state: State, got: Inbox, constants: LocalConstants, where: Where
     ) -> tuple[State, Tensors, dict[int, Tensors]]:
         """The server's half: the next state, the momentum that went into it, and the class embeddings it returns."""
         decay, rate, W = self.schedule.server_momentum, constants.server_lr, got.rows
         if self.algorithm.alone:  # there is no server
             decay = 0.0
-        delta = self.defense.aggregated(got.mean.total, generator(self.noise_key, "aggregated", *where))
+        delta = got.aggregate()
         carried = {name: decay * tensor for name, tensor in state.momentum.items()}
         momentum = {name: tensor + carried[name] if carried else tensor for name, tensor in delta.items()}
         backbone = {name: tensor + rate * momentum[name] for name, tensor in state.backbone.items()}
@@ -274,12 +246,12 @@ class Federation:
         owner, draw = owner_tensor(self.owners, W.device), generator(self.seed, "negatives", *where)
         step = self.push_weight * constants.lr
         W = self.algorithm.next_rows(W, owner, self.schedule.push, step, on_device(draw, W.device))
-        W, returned = self._returned(W, where)
-        ledger = state.ledger + got.charges
-        new = State(state.round + 1, backbone, W, ledger, momentum if decay else {}, got.probes)
+        W, returned = self._returned(W, got.rows, where)
+        charges, kept = state.ledger + got.charges, got.answered(W)
+        new = State(state.round + 1, backbone, W, charges, momentum if decay else {}, got.probes, kept)
         return new, carried, returned
 
-    def _returned(self, W: Tensor, where: Where) -> tuple[Tensor, dict[int, Tensors]]:
+    def _returned(self, W: Tensor, uploaded: Tensor, where: Where) -> tuple[Tensor, dict[int, Tensors]]:
         if self.algorithm.head != "stacked":
             return W, {}
         returned: dict[int, Tensors] = {}
@@ -287,13 +259,13 @@ class Federation:
         for party in self.parties:
             rows = list(party.classes)
             noise = generator(self.noise_key, "returning", *where, party.client)
-            W[rows] = self.defense.returning(party.client, W[rows], noise)
+            W[rows] = self.defense.returning(party.client, W[rows], uploaded[rows], noise)
             returned[party.client] = {HEAD: W[rows]}
         return W, returned
 
     def _transcript(
         self, old: State, new: State, where: Where, constants: LocalConstants,
-        updates: dict[int, ClientUpdate], returned: dict[int, Tensors], examples: dict[int, int], carried: Tensors,
+        got: Inbox, returned: dict[int, Tensors], carried: Tensors,
     ) -> Transcript:  # fmt: skip
         shared, stacked = self.algorithm.head == "shared", self.algorithm.head == "stacked"
         head_of = lambda s: {HEAD: s.rows} if shared else {}  # noqa: E731
@@ -305,14 +277,17 @@ class Federation:
             constants=constants,
             broadcast={**old.backbone, **head_of(old)},
             sent=own,
-            updates=updates,
+            updates=got.updates,
             released={**new.backbone, **head_of(new)},
             returned=returned,
             rows={p.client: self._visible_rows(p) for p in self.parties} if shared or stacked else {},
             owners=self.owners,
-            examples=examples,
+            examples=got.examples,
             carried=carried,
             prober=self.probing.client if self.probing and new.probes and where[0] == "round" else None,
+            masked=self.defense.masks,
+            summed={} if self.algorithm.alone or got.complete else got.total,
+            own=got.own,
         )
 
 

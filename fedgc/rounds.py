@@ -31,6 +31,7 @@ from fedgc.types import HEAD, Charge, ModelSpec, State
 
 MOMENTUM = "momentum."  # of the server: in state files only, never in a checkpoint
 PROBES = "probes."  # of a probing client: likewise
+KEPT = "kept."  # by clients at home: likewise
 
 
 class Rounds:
@@ -49,7 +50,8 @@ class Rounds:
         write_tensors(self.checkpoint_path(t), state.backbone, {"round": t, "spec": asdict(spec)})
         momentum = {MOMENTUM + name: tensor for name, tensor in state.momentum.items()}
         probes = {PROBES + name: tensor for name, tensor in state.probes.items()}
-        tensors = {**state.backbone, HEAD: state.rows, **momentum, **probes}
+        kept = {KEPT + name: tensor for name, tensor in state.kept.items()}
+        tensors = {**state.backbone, HEAD: state.rows, **momentum, **probes, **kept}
         digest = write_tensors(self._state(t, "safetensors"), tensors, {"round": t}, PRIVATE)
         ledger = [asdict(charge) for charge in state.ledger]
         commit = {"round": t, "sha256": digest, "metrics": dict(metrics), "ledger": ledger}
@@ -78,9 +80,9 @@ class Rounds:
                     continue
                 tensors, _ = read_tensors(path)
                 rows = tensors.pop(HEAD)
-                momentum, probes = _popped(tensors, MOMENTUM), _popped(tensors, PROBES)
+                momentum, probes, kept = (_popped(tensors, prefix) for prefix in (MOMENTUM, PROBES, KEPT))
                 ledger = tuple(Charge(**charge) for charge in commit["ledger"])
-                return State(t, tensors, rows, ledger, momentum, probes)
+                return State(t, tensors, rows, ledger, momentum, probes, kept)
         return None
 
     def forget_after(self, round: int) -> None:

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -116,12 +117,27 @@ class RunDirectory(Rounds):
     # -- transcripts, truth and what the attacker owns
 
     def save_transcript(self, name: str, transcript: Transcript) -> None:
+        """What crossed the wire; what clients alone know of their own messages goes to a file of its own, owner-only."""
+        if transcript.masked:
+            own = {f"{k}/{n}": x for k, tensors in transcript.own.items() for n, x in tensors.items()}
+            write_tensors(self._own(name), own, None, PRIVATE)
         write_tensors(self.path / "transcript" / f"{name}.safetensors", *pack_transcript(transcript))
 
     def load_transcript(self, name: str) -> Transcript:
         path = self.path / "transcript" / f"{name}.safetensors"
         with holding(path):
-            return unpack_transcript(*read_tensors(path))
+            transcript = unpack_transcript(*read_tensors(path))
+        if not transcript.masked:
+            return transcript
+        own: dict[int, dict[str, Tensor]] = {}
+        with holding(self._own(name)):
+            for key, tensor in read_tensors(self._own(name))[0].items():
+                client, parameter = key.split("/", 1)
+                own.setdefault(int(client), {})[parameter] = tensor
+        return replace(transcript, own=own)
+
+    def _own(self, name: str) -> Path:
+        return self.path / "attacker" / f"own-{name}.safetensors"
 
     def transcripts(self) -> list[str]:
         return sorted(p.stem for p in (self.path / "transcript").glob("*.safetensors"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedgc.algorithms import ALGORITHMS, backbone_part
+from fedgc.algorithms import ALGORITHMS, RunningMean, backbone_part
 from fedgc.types import (
     HEAD,
     ClassEmbeddings,
@@ -96,19 +96,50 @@ def _released(tensors: Tensors, norm: Norm) -> dict[str, Any]:
 
 
 def _server(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
-    """Every message, before aggregation; the class embeddings are those that the clients just trained."""
+    """Every message, before aggregation; the class embeddings are those that the clients just trained. Where what is averaged
+    arrives masked, what a server behind secure aggregation holds."""
+    if transcript.masked:
+        return _server_secagg(transcript, _seat)
     updates = tuple(_one_update(transcript, u) for u in transcript.updates.values())
-    rows: ClassEmbeddings | None
-    if HEAD in transcript.released:  # everybody's copy was averaged: the server reads the result
-        classes = tuple(range(len(transcript.owners)))
-        rows = ClassEmbeddings(transcript.released[HEAD], classes)
-    else:
-        rows = _stacked({u.clients[0]: u for u in updates})
     return {
         **_released(transcript.released, transcript.constants.spec.norm),
         "client_updates": updates or None,
-        "class_embeddings": rows,
+        "class_embeddings": _uploaded(transcript),
     }
+
+
+def _server_secagg(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
+    """The mean of what all clients sent to be averaged, before anything was done with it, and no single update; class embeddings
+    that are stacked are one client's each and so cannot be summed away."""
+    clients, images = tuple(transcript.examples), sum(transcript.examples.values())
+    classes = tuple(range(len(transcript.owners))) if HEAD in transcript.broadcast else ()
+    mean = None if ALGORITHMS[transcript.algorithm].alone else _mean(transcript)
+    before = dict(transcript.broadcast)
+    return {
+        **_released(transcript.released, transcript.constants.spec.norm),
+        "aggregate": None if mean is None else ObservedUpdate(clients, before, mean, images, classes),
+        "class_embeddings": _uploaded(transcript),
+    }
+
+
+def _mean(transcript: Transcript) -> Tensors | None:
+    """The weighted mean that the server computed: as recorded, or again of the updates where they are all recorded."""
+    if transcript.summed:
+        return dict(transcript.summed)
+    if set(transcript.examples) - set(transcript.updates):
+        return None
+    mean = RunningMean()
+    for k in transcript.examples:
+        update = transcript.updates[k].tensors
+        mean.add({name: update[name] for name in transcript.broadcast}, transcript.weight(k))
+    return mean.total
+
+
+def _uploaded(transcript: Transcript) -> ClassEmbeddings | None:
+    """Class embeddings that reached the server: the mean of everybody's copies, or those that their owners just trained."""
+    if HEAD in transcript.released:
+        return ClassEmbeddings(transcript.released[HEAD], tuple(range(len(transcript.owners))))
+    return _stacked({k: _one_update(transcript, u) for k, u in transcript.updates.items()})
 
 
 def _stacked(updates: Mapping[int, ObservedUpdate]) -> ClassEmbeddings | None:
@@ -128,7 +159,7 @@ def _client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
 def _participant(transcript: Transcript, seat: int) -> Mapping[str, Any]:
     view = _released(transcript.released, transcript.constants.spec.norm)
     others = set(transcript.examples) - {seat}
-    if others and (seat in transcript.updates or seat not in transcript.examples):  # its own share is subtracted
+    if others and (_own(transcript, seat) or seat not in transcript.examples):  # its own share is subtracted
         view["aggregate"] = _others(transcript, seat)
     if HEAD in transcript.released:
         classes = tuple(range(len(transcript.owners)))
@@ -154,6 +185,12 @@ def _probing_client(transcript: Transcript, seat: int) -> Mapping[str, Any]:
     return {**_participant(transcript, seat), "probes": ClassEmbeddings(uploaded, transcript.rows[seat])}
 
 
+def _own(transcript: Transcript, seat: int) -> Tensors:
+    """What a client sent, which it knows whether it arrived masked or not; empty where that was not kept or it was away."""
+    clear = transcript.updates[seat].tensors if seat in transcript.updates else {}
+    return {**clear, **transcript.own.get(seat, {})}
+
+
 def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
     """Everybody else's mean update: the change of the global model less the server's momentum and one's own share."""
     shared = [name for name in transcript.released if name in transcript.broadcast]
@@ -163,7 +200,7 @@ def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
     others = tuple(k for k in transcript.examples if k != seat)
     own = transcript.weight(seat)
     if own:
-        mine = transcript.updates[seat].tensors
+        mine = _own(transcript, seat)
         change = {name: (delta - own * mine[name]) / (1 - own) for name, delta in change.items()}
     images = sum(transcript.examples[k] for k in others)
     classes = tuple(range(len(transcript.owners))) if HEAD in transcript.broadcast else ()
@@ -188,8 +225,15 @@ THREATS = {
             "server",
             "the aggregating server",
             "honest but curious: follows the protocol and reads every message",
-            _ALWAYS | {"client-updates", "class-embeddings"},
+            _ALWAYS | {"client-updates", "aggregate", "class-embeddings"},
             _server,
+        ),
+        ThreatModel(
+            "server-secagg",
+            "the aggregating server, behind secure aggregation",
+            "honest but curious: reads the sum of what it averages, and one by one the class embeddings that it corrects",
+            _ALWAYS | {"aggregate", "class-embeddings"},
+            _server_secagg,
         ),
         ThreatModel(
             "client",

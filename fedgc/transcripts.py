@@ -38,9 +38,11 @@ def size_of(name: str) -> tuple[int, int] | None:
 
 
 def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All but ``own``, which never crossed the wire."""
     tensors = {f"broadcast/{name}": x for name, x in t.broadcast.items()}
     tensors |= {f"released/{name}": x for name, x in t.released.items()}
     tensors |= {f"carried/{name}": x for name, x in t.carried.items()}
+    tensors |= {f"summed/{name}": x for name, x in t.summed.items()}
     for place, messages in (("sent", t.sent), ("returned", t.returned)):
         tensors |= {f"{place}/{k}/{name}": x for k, message in messages.items() for name, x in message.items()}
     tensors |= {f"updates/{k}/{name}": x for k, u in t.updates.items() for name, x in u.tensors.items()}
@@ -48,12 +50,13 @@ def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "algorithm": t.algorithm, "round": t.round, "kind": t.kind, "constants": asdict(t.constants),
         "rows": {str(k): list(v) for k, v in t.rows.items()}, "owners": list(t.owners),
         "examples": {str(k): n for k, n in t.examples.items()}, "prober": t.prober,
+        "masked": t.masked,
     }  # fmt: skip
     return tensors, about
 
 
 def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Transcript:
-    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}, "carried": {}}
+    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}, "carried": {}, "summed": {}}
     private: dict[str, dict[int, dict[str, Tensor]]] = {"sent": {}, "returned": {}, "updates": {}}
     for key, tensor in tensors.items():
         place, rest = key.split("/", 1)
@@ -67,7 +70,9 @@ def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     constants["spec"] = ModelSpec(**constants["spec"])
     return Transcript(
         algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=LocalConstants(**constants),
+        broadcast=shared["broadcast"], released=shared["released"], carried=shared["carried"], summed=shared["summed"],
         updates={k: ClientUpdate(k, u, examples[k]) for k, u in private["updates"].items()},
         rows={int(k): tuple(v) for k, v in about["rows"].items()}, owners=tuple(about["owners"]),
-        examples=examples, prober=about.get("prober"), sent=private["sent"], returned=private["returned"], **shared,
+        examples=examples, prober=about.get("prober"), masked=about.get("masked", False), sent=private["sent"],
+        returned=private["returned"],
     )  # fmt: skip

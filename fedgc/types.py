@@ -104,6 +104,9 @@ class Transcript:
     examples    photos of each client that took part; its share of them is its weight in the aggregate
     carried     the server's momentum before this round, times its decay: known to all who saw the last two broadcasts
     prober      the client that chose what it uploaded as class embeddings in this round (`fedgc.probing`), if any
+    masked      whether what is averaged arrived masked, so that the server read the sum alone; ``updates`` hold the rest
+    summed      the weighted mean as the server computed it, where ``updates`` do not hold all that went into it
+    own         what client k trained and sent masked: what it knows of itself, and nobody else does
     """
 
     algorithm: str
@@ -120,6 +123,9 @@ class Transcript:
     examples: Mapping[int, int]
     carried: Tensors = field(default_factory=dict)
     prober: int | None = None
+    masked: bool = False
+    summed: Tensors = field(default_factory=dict)
+    own: Mapping[int, Tensors] = field(default_factory=dict)
 
     def weight(self, client: int) -> float:
         """Aggregation weight of a client; zero where it took no part."""
@@ -324,7 +330,8 @@ class Charge:
 @dataclass(frozen=True)
 class State:
     """All that the next round needs. rows: (C, d) class embeddings in order of classes; momentum: the server's, keyed
-    like what it averages, empty without server momentum; probes: what a probing client remembers (`fedgc.probing.Probes`)."""
+    like what it averages, empty without server momentum; probes: what a probing client remembers (`fedgc.probing.Probes`);
+    kept: class embeddings (C, d) as clients keep them at home, where a defense has them upload others."""
 
     round: int
     backbone: dict[str, Tensor]
@@ -332,3 +339,4 @@ class State:
     ledger: tuple[Charge, ...] = ()
     momentum: dict[str, Tensor] = field(default_factory=dict)
     probes: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)

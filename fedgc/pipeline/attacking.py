@@ -61,9 +61,11 @@ def attack(
 
 
 def usual_seats(run: RunDirectory) -> list[str]:
-    """All seats but that of a probing client where none probed."""
+    """All seats but that of a probing client where none probed, and that of a server behind secure aggregation: with that defense
+    it is the server's, and without it somebody's who is not there."""
     probed = load_config(run.path / "config.toml").probing.rounds > 0
-    return [name for name in THREATS if probed or name != "probing-client"]
+    absent = {"server-secagg"} if probed else {"server-secagg", "probing-client"}
+    return [name for name in THREATS if name not in absent]
 
 
 def _unless_only_refusal(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -236,7 +238,9 @@ def _scores(
     if suspects is not None:
         return score_suspects(found, suspects, rng)
     if hidden:
-        return score_candidates(found, hidden, run.about()["defense"].get("noise_multiplier"), rng)
+        card = run.about()["defense"]
+        sigma = card.get("noise_multiplier") if card["name"] == "dp-sgd" else None  # the ceiling is of noised photos
+        return score_candidates(found, hidden, sigma, rng)
     auxiliary = run.load_knowledge().auxiliary_faces
     assert auxiliary is not None
     return judged(run, job.attack.reads, job.threat, found, auxiliary, rng)

@@ -77,7 +77,7 @@ def _put_axis(tree: dict[str, Any], key: str, value: Any) -> None:
     if key == "defense.epsilon" and value in ("none", "inf", float("inf")):
         tree["defense"] = {"name": "none"}
         return
-    if key == "defense.epsilon":
+    if key == "defense.epsilon" and tree.get("defense", {}).get("name", "none") == "none":
         put(tree, "defense.name", "dp-sgd")
     put(tree, key, value)
 

@@ -195,11 +195,12 @@ class QuickUtility:
 
 
 def on_device(state: State, device: torch.device) -> State:
-    backbone, momentum, probes = (
+    backbone, momentum, probes, kept = (
         {name: tensor.to(device) for name, tensor in tensors.items()}
-        for tensors in (state.backbone, state.momentum, state.probes)
+        for tensors in (state.backbone, state.momentum, state.probes, state.kept)
     )
-    return replace(state, backbone=backbone, rows=state.rows.to(device), momentum=momentum, probes=probes)
+    rows = state.rows.to(device)
+    return replace(state, backbone=backbone, rows=rows, momentum=momentum, probes=probes, kept=kept)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def opened(
 def one_step(model: FaceModel, defense: DPSGD, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], int]:
     """Minus the change of every parameter by one step on all photos, and how many gradients were dropped."""
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with opened(model, defense, ClientPlan(0, len(x), len(x), 1, PEOPLE), None) as session:
+    with opened(model, defense, ClientPlan(0, len(x), len(x), 1, people=PEOPLE), None) as session:
         for index in session.batches:
             session.optimizer.zero_grad()
             heads.loss(model(x[index]), PEOPLE[index], SPEC).backward()
@@ -111,7 +111,7 @@ def test_one_person_moves_the_sum_by_no_more_than_the_clipping_norm() -> None:
 
 
 def test_people_join_a_batch_independently_with_few_photos_each() -> None:
-    plan = ClientPlan(0, 60, 8, 1, torch.arange(60) // 6)
+    plan = ClientPlan(0, 60, 8, 1, people=torch.arange(60) // 6)
     defense = DPSGD(noise_multiplier=1.0, unit="identity", photos_per_person=4)
     assert defense.rate(plan) == 2 / 10
     assert defense.charge(plan, 1, 7) == Charge(0, 1, 1.0, 0.2, 7, 1)
@@ -130,7 +130,7 @@ def test_people_join_a_batch_independently_with_few_photos_each() -> None:
 
 
 def test_a_delta_that_promises_nothing_to_people_is_refused() -> None:
-    plan = ClientPlan(0, 60, 8, 10, torch.arange(60) // 6)
+    plan = ClientPlan(0, 60, 8, 10, people=torch.arange(60) // 6)
     with pytest.raises(UsageError, match="a client with 10 people"):
         DPSGD(noise_multiplier=1.0, unit="identity", delta=0.2).prepared([plan])
     assert DPSGD(noise_multiplier=1.0, unit="identity", delta=0.05).prepared([plan]).noise_multiplier == 1.0
