@@ -48,6 +48,13 @@ SCENARIOS: dict[str, list[str]] = {
     "probing, fedcos": [*EIGHT, "federation.algorithm=fedcos"],
     "probing, fedaws": [*EIGHT, "federation.algorithm=fedaws"],
     "probing, raw products, long probes": [*EIGHT, "correction.normalised=false", "probing.length=4"],
+    **{f"probing, row-step-bound {b}": [*EIGHT, "defense.name=row-step-bound", f"defense.bound={b}"] for b in (0.2, 0.1, 0.03)},
+    **{
+        f"probing, correction-noise {n}": [
+            *EIGHT, "defense.name=correction-noise", "defense.clip=0.01", f"defense.noise={n}",
+        ]
+        for n in (1, 3, 10)
+    },
 }  # fmt: skip
 
 
