@@ -12,25 +12,25 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from defenses.accounting import History, epsilon_of, merged, noise_for, pld_epsilon, pld_version, profile, undominated
 from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
 from fedgc.rng import on_device
 from fedgc.types import Charge
-
-History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, steps), as Opacus keeps it
 
 
 class DPSGD(Defense):
     """Set either ``epsilon`` (a target for the whole run) or ``noise_multiplier``.
 
     max_grad_norm: clipping norm of one photo's gradient. delta: below one over the photos of the smallest client.
+    unit: whom epsilon speaks of. "image": photos are sampled, and each photo's gradient is clipped. "identity": people are
+    sampled, at most ``photos_per_person`` photos of each are looked at, and their mean gradient is clipped (McMahan et al. 2018).
     noise_seed: leave unset for noise from the operating system's randomness, kept in an owner-only file; set it to make
     an experiment repeatable, knowing that whoever knows it can subtract the noise.
     """
@@ -40,7 +40,8 @@ class DPSGD(Defense):
     delta: float = Field(default=1e-3, gt=0, lt=1)
     noise_multiplier: float | None = Field(default=None, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    unit: Literal["image"] = "image"
+    unit: Literal["image", "identity"] = "image"
+    photos_per_person: int = Field(default=4, ge=1)
     noise_seed: int | None = None
     per_photo: ClassVar[bool] = True
     summary: ClassVar[str] = "clip and noise every photo's gradient (Opacus), accounted over the whole run"
@@ -53,18 +54,39 @@ class DPSGD(Defense):
 
     def prepared(self, clients: Sequence[ClientPlan]) -> DPSGD:
         """Fix the noise multiplier: one for all clients, enough for the client that needs most."""
-        smallest = min(plan.images for plan in clients)
+        smallest, what = min((self._sampled(plan), plan.client) for plan in clients)[0], self._units
         if self.delta >= 1 / smallest:
             raise UsageError(
-                f"defense.delta = {self.delta:g} promises nothing to a client with {smallest} photos: "
+                f"defense.delta = {self.delta:g} promises nothing to a client with {smallest} {what}: "
                 f"set it below {1 / smallest:.1e}"
             )
         if self.noise_multiplier is not None:
             return self
         assert self.epsilon is not None
-        runs = {(plan.batch_size / plan.images, plan.steps) for plan in clients}
+        runs = {(self.rate(plan), plan.steps) for plan in clients}
         needed = max(noise_for(self.epsilon, self.delta, rate, steps) for rate, steps in undominated(runs))
         return self.model_copy(update={"noise_multiplier": needed})
+
+    @property
+    def _units(self) -> str:
+        return "photos" if self.unit == "image" else "people"
+
+    def _sampled(self, plan: ClientPlan) -> int:
+        """How many units of privacy a client holds."""
+        return plan.images if self.unit == "image" else plan.persons
+
+    def _expected(self, plan: ClientPlan, sampled: bool = True) -> int:
+        """Units in a batch, on average: a public constant, which the sum of gradients is divided by. Where nothing is sampled (a
+        recorded step), everybody is in it."""
+        if self.unit == "image":
+            return plan.batch_size
+        if not sampled:
+            return plan.persons
+        return min(plan.persons, max(1, round(plan.batch_size / self.photos_per_person)))
+
+    def rate(self, plan: ClientPlan) -> float:
+        """The probability with which a unit joins a batch."""
+        return self._expected(plan) / self._sampled(plan)
 
     def check_module(self, module: nn.Module) -> None:
         from opacus.validators import ModuleValidator
@@ -83,29 +105,35 @@ class DPSGD(Defense):
         self, module: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Tensor], plan: ClientPlan,
         sampling: torch.Generator | None, noise: torch.Generator,
     ) -> Iterator[LocalSession]:  # fmt: skip
-        """Poisson batches of ``plan.batch_size`` expected photos where ``sampling`` is given, else ``batches`` as they come."""
+        """Poisson batches where ``sampling`` is given, else ``batches`` as they come."""
         from opacus.grad_sample import GradSampleHooks
-        from opacus.optimizers import DPOptimizer
+
+        from defenses.per_unit import UnitOptimizer, with_people
 
         _register_cosine_head()
         device = next(module.parameters()).device
         if sampling is not None:
             # as many steps a round as epochs of plain batches would take, so that schemes stay comparable
-            batches = poisson_batches(plan, sum(1 for _ in batches), sampling)
+            steps = sum(1 for _ in batches)
+            batches = poisson_units(self._sampled(plan), self.rate(plan), steps, sampling)
+            if self.unit == "identity":
+                batches = photos_of_people(batches, plan, self.photos_per_person, sampling)
         assert self.noise_multiplier is not None
         module.train().to(memory_format=torch.contiguous_format)  # hooks listen in training mode only
         hooks = GradSampleHooks(module, loss_reduction="mean")
-        private = DPOptimizer(
+        private = UnitOptimizer(
             optimizer,
             noise_multiplier=self.noise_multiplier,
             max_grad_norm=self.max_grad_norm,
-            expected_batch_size=plan.batch_size,  # a public constant: the realised size would leak
+            expected_batch_size=self._expected(plan, sampling is not None),  # public: the realised size would leak
             loss_reduction="mean",
             generator=on_device(noise, device),
         )
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Full backward hook")
+                if self.unit == "identity":
+                    batches = with_people(batches, plan, private)
                 yield LocalSession(private, batches, bounded=True)
         finally:
             hooks.cleanup()
@@ -114,10 +142,12 @@ class DPSGD(Defense):
 
     def charge(self, plan: ClientPlan, round: int, steps: int) -> Charge:
         assert self.noise_multiplier is not None
-        return Charge(plan.client, round, self.noise_multiplier, plan.batch_size / plan.images, steps)
+        photos = plan.most_photos if self.unit == "image" else 1
+        return Charge(plan.client, round, self.noise_multiplier, self.rate(plan), steps, photos)
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
-        """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV."""
+        """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV, with the figure
+        of another library (PLD) beside it, and what the same run promises to a person with all photos."""
         import opacus
 
         histories: dict[int, History] = defaultdict(list)
@@ -125,87 +155,57 @@ class DPSGD(Defense):
             histories[charge.client].append((charge.noise_multiplier, charge.sample_rate, charge.steps))
         runs = {client: merged(history) for client, history in histories.items()}
         worst = max((epsilon_of(h, self.delta, quick) for h in runs.values()), default=0.0)
+        photos = {charge.client: charge.photos for charge in ledger}
         steps = max((sum(n for _, _, n in h) for h in runs.values()), default=0)
         rate = max((q for h in runs.values() for _, q, _ in h), default=0.0)
         return {
             "epsilon": worst, "delta": self.delta, "unit": self.unit,
             "accountant": f"{'rdp' if quick else 'prv'} (opacus {opacus.__version__})",
+            **({} if quick else self._second_opinion(runs, photos)),
             "noise_multiplier": self.noise_multiplier, "max_grad_norm": self.max_grad_norm, "adjacency": "add-remove",
             "sampling": "poisson", "sample_rate": rate, "steps": steps, "target_epsilon": self.epsilon,
             "composition": "largest over clients, which hold disjoint photos",
             "covers": "backbone and class embeddings of every update",
             "outside": "photo counts, which classes exist, loss and utility figures, the choice of settings, and the recorded "
             "single steps, which exist to be attacked",
+            "clipping": "each photo" if self.unit == "image" else f"a person's mean of {self.photos_per_person} photos or fewer",
             "randomness": "research-grade (torch generators)" + (", from a known seed" if self.noise_seed is not None else ""),
         }  # fmt: skip
 
+    def _second_opinion(self, runs: Mapping[int, History], photos: Mapping[int, int]) -> dict[str, Any]:
+        """Epsilon by PLD, and for all photos of a person, each of the client for which it is largest."""
+        version = pld_version()
+        if version is None:
+            return {"epsilon_pld": None, "pld": "not computed: dp-accounting is not installed"}
+        by_client = {client: pld_epsilon(h, self.delta) or 0.0 for client, h in runs.items()}
+        said: dict[str, Any] = {"epsilon_pld": max(by_client.values(), default=0.0), "pld": f"dp-accounting {version}"}
+        if by_client:
+            said["profile"] = profile(runs[max(by_client, key=by_client.__getitem__)], self.delta)
+        if self.unit == "image":
+            person = max((pld_epsilon(h, self.delta, photos[client]) or 0.0 for client, h in runs.items()), default=0.0)
+            said |= {"epsilon_identity": person, "photos_of_a_person": max(photos.values(), default=1)}
+        return said
 
-def poisson_batches(plan: ClientPlan, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every photo joins each batch with probability batch_size / images; a batch may be empty."""
+
+def poisson_units(count: int, rate: float, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Every unit joins each batch with probability ``rate``; a batch may be empty."""
     from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
-    sampler = UniformWithReplacementSampler(
-        num_samples=plan.images, sample_rate=plan.batch_size / plan.images, generator=generator, steps=steps
-    )
+    sampler = UniformWithReplacementSampler(num_samples=count, sample_rate=rate, generator=generator, steps=steps)
     for index in sampler:
         yield torch.tensor(index, dtype=torch.long)
 
 
-def merged(history: History) -> History:
-    """Add up the steps at equal noise and rate: composition does not depend on their order."""
-    total: dict[tuple[float, float], int] = defaultdict(int)
-    for sigma, rate, steps in history:
-        total[sigma, rate] += steps
-    return [(sigma, rate, steps) for (sigma, rate), steps in sorted(total.items())]
-
-
-def undominated(runs: set[tuple[float, int]]) -> list[tuple[float, int]]:
-    """(rate, steps) pairs that no other pair exceeds in both: only these can need the most noise."""
-    return [a for a in runs if not any(b != a and b[0] >= a[0] and b[1] >= a[1] for b in runs)]
-
-
-def epsilon_of(history: History, delta: float, quick: bool = False) -> float:
-    """Upper bound of epsilon at delta for Poisson-subsampled Gaussians (add/remove), by PRV, or quickly by RDP.
-
-    PRV works on a mesh whose error it adds to the bound; a mesh of 0.1 % of the RDP figure keeps it to a second at any epsilon.
-    """
-    from opacus.accountants import PRVAccountant, RDPAccountant
-
-    rdp, prv = RDPAccountant(), PRVAccountant()
-    rdp.history = prv.history = history
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # RDP says that its best order lies at the edge of its range; the bound still holds
-        bound = float(rdp.get_epsilon(delta))
-        return bound if quick else min(bound, float(prv.get_epsilon(delta, eps_error=max(0.01, 1e-3 * bound))))
-
-
-@lru_cache
-def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
-    """The smallest noise multiplier (to 0.2 %) whose PRV epsilon is at most the target.
-
-    RDP gives a safe upper end in milliseconds; PRV, which is tight but slow, only refines below it.
-    """
-
-    def reached(sigma: float, quick: bool) -> bool:
-        return epsilon_of([(sigma, rate, steps)], delta, quick) <= epsilon
-
-    high = 1.0
-    while not reached(high, quick=True):
-        high *= 2
-        if high > 1e4:
-            raise UsageError(f"defense.epsilon = {epsilon:g} cannot be reached in {steps} steps at rate {rate:.3g}")
-    low = _bisect(lambda s: reached(s, quick=True), high / 1024, high)
-    return _bisect(lambda s: reached(s, quick=False), low / 8, low)
-
-
-def _bisect(holds: Any, low: float, high: float, precision: float = 2e-3) -> float:
-    """The smallest value, to a relative precision and from above, at which a monotone condition holds; high holds."""
-    while high - low > precision * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
+def photos_of_people(
+    batches: Iterator[Tensor], plan: ClientPlan, most: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Photo indices of batches of people (places among the client's people), at most so many of each, drawn anew each time."""
+    assert plan.people is not None
+    names = plan.people.unique()
+    photos = [(plan.people == name).nonzero()[:, 0] for name in names]
+    for batch in batches:
+        drawn = [photos[i][torch.randperm(len(photos[i]), generator=generator)[:most]] for i in batch.tolist()]
+        yield torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.long)
 
 
 def _register_cosine_head() -> None:

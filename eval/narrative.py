@@ -161,11 +161,16 @@ TERMS = {
     "adjacency": "Neighbouring relation",
     "delta": "δ",
     "accountant": "Accountant",
+    "epsilon_pld": "ε by another library (PLD)",
+    "pld": "PLD by",
+    "epsilon_identity": "ε of a person with all photos (PLD, mixture)",
+    "photos_of_a_person": "The most photos of a person in a client",
     "sampling": "Sampling, as run",
     "sample_rate": "Sample rate q",
     "steps": "Steps T of the busiest client",
     "noise_multiplier": "Noise multiplier σ",
     "max_grad_norm": "Clipping norm C",
+    "clipping": "What is clipped",
     "composition": "Composition over clients",
     "covers": "Inside the mechanism",
     "outside": "Outside the promise",
@@ -194,10 +199,11 @@ def _statement(cell: Cell) -> dict[str, str]:
         if p.get(key) is not None:
             terms[name] = f"{p[key]:.4g}" if isinstance(p[key], float) else str(p[key])
     photos = _photos(cell)
-    if p.get("unit", "image") == "image" and photos > 1:
+    if p.get("unit", "image") == "image" and photos > 1 and p.get("epsilon_identity") is None:
         terms[f"All {photos} photos of a person"] = _group(p["epsilon"], p["delta"], photos)
     for candidates in (100, 1000):
-        gamma = rero_from_profile([p["epsilon"]], [p["delta"]], 1 / candidates)
+        pairs = [*(p.get("profile") or ()), (p["epsilon"], p["delta"])]
+        gamma = rero_from_profile([e for e, _ in pairs], [d for _, d in pairs], 1 / candidates)
         terms[f"γ at 1 in {candidates}"] = "no bound" if gamma >= 1 else f"{100 * gamma:.2g} %"
     return {**terms, "Tuning runs": "not counted", "Adversary's view": p.get("view", VIEW)}
 

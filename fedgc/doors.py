@@ -19,13 +19,25 @@ Pairwise = Callable[[int], torch.Generator]
 @dataclass(frozen=True)
 class ClientPlan:
     """What a defense must know about one client before training: photos, expected batch size, steps and rounds in the whole
-    run."""
+    run, and the person of each photo, int64 (images,), where a defense may count people."""
 
     client: int
     images: int
     batch_size: int
     steps: int
+    people: Tensor | None = None
     rounds: int = 1
+
+    @property
+    def persons(self) -> int:
+        return self.images if self.people is None else len(self.people.unique())
+
+    @property
+    def most_photos(self) -> int:
+        """Of one person."""
+        return (
+            1 if self.people is None or not len(self.people) else int(self.people.unique(return_counts=True)[1].max())
+        )
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class RoundResult:
     transcript: Transcript
     loss: float
     images: int
+    dropped: int = 0
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Federation:
     def plan(self, party: Party) -> ClientPlan:
         n, batch = len(party.photos), min(self.schedule.batch_size, len(party.photos))
         per_round = self.schedule.local_epochs * math.ceil(n / batch)
-        return ClientPlan(party.client, n, batch, per_round * self.schedule.rounds, self.schedule.rounds)
+        steps, rounds = per_round * self.schedule.rounds, self.schedule.rounds
+        return ClientPlan(party.client, n, batch, steps, party.labels.cpu(), rounds)
 
     @cached_property
     def push_weight(self) -> float:
@@ -177,7 +179,8 @@ class Federation:
             got.take(party, result, self.plan(party), mine)
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got, returned, carried)
-        return RoundResult(new, transcript, sum(got.losses) / max(1, len(got.losses)), got.images)
+        loss = sum(got.losses) / max(1, len(got.losses))
+        return RoundResult(new, transcript, loss, got.images, got.dropped)
 
     def _kept(self, state: State) -> Tensor:
         """Class embeddings (C, d) that clients train from: their own where they keep such, else what the server holds."""
@@ -207,7 +210,7 @@ class Federation:
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
             n, steps = len(party.photos), constants.steps or 1
-            plan = ClientPlan(party.client, n, n, steps)
+            plan = ClientPlan(party.client, n, n, steps, party.labels.cpu())
             batches, sampling = iter([torch.arange(n)] * steps), None
         else:
             plan = self.plan(party)

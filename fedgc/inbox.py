@@ -44,6 +44,7 @@ class Inbox:
     charges: tuple[Charge, ...] = ()
     losses: list[float] = field(default_factory=list)
     images: int = 0
+    dropped: int = 0
     chosen: tuple[int, ...] = ()  # classes whose rows a probing client chose
 
     def __post_init__(self) -> None:
@@ -66,6 +67,7 @@ class Inbox:
         self.charges += (charge,) if charge is not None else ()
         self.losses += [] if math.isnan(result.loss) else [result.loss]
         self.images += result.images
+        self.dropped += result.dropped
 
     def _stream(self, door: str, *more: int) -> torch.Generator:
         return generator(self.noise_key, door, *self.where, *more)

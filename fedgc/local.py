@@ -20,12 +20,14 @@ from fedgc.types import HEAD, LocalConstants, Tensors
 
 @dataclass(frozen=True)
 class LocalResult:
-    """delta: change of every tensor; loss: mean over steps (nan where no step had a photo); steps: steps taken."""
+    """delta: change of every tensor; loss: mean over steps (nan where no step had a photo); steps: steps taken; dropped:
+    gradients of single photos that were not finite and left out, where a defense looks at single photos."""
 
     delta: dict[str, Tensor]
     loss: float
     steps: int
     images: int
+    dropped: int = 0
 
 
 @torch.no_grad()
@@ -134,7 +136,10 @@ def train_locally(
             steps, images = steps + 1, images + len(index)
             if len(index):
                 losses.append(loss.detach())
-    mean = float(torch.stack(losses).mean()) if losses else float("nan")
+    every = torch.stack(losses) if losses else torch.zeros(0)
+    if session.bounded:  # one photo without a finite loss is dropped before clipping, and does not speak for the others
+        every = every[every.isfinite()]
+    mean = float(every.mean()) if len(every) else float("nan")
     after = state_tensors(model)
     delta = dict(zip(after, torch._foreach_sub(list(after.values()), [before[name] for name in after]), strict=True))
     finite = torch.stack(torch._foreach_norm(list(delta.values()))).isfinite().all()
@@ -143,4 +148,4 @@ def train_locally(
             f"training of client {plan.client} diverged (loss {mean:g}, or an update that is not finite), and nothing "
             f"was sent. Lower federation.lr (now {constants.lr:g})"
         )
-    return LocalResult(delta, mean, steps, images)
+    return LocalResult(delta, mean, steps, images, getattr(session.optimizer, "dropped", 0))

@@ -316,13 +316,15 @@ class Attack(Named):
 
 @dataclass(frozen=True)
 class Charge:
-    """One entry of the privacy ledger: client's steps in a round at one noise multiplier and sample rate."""
+    """One entry of the privacy ledger: client's steps in a round at one noise multiplier and sample rate. photos: the most that
+    one person has among what is sampled, for the figure that speaks of a person."""
 
     client: int
     round: int
     noise_multiplier: float
     sample_rate: float
     steps: int
+    photos: int = 1
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def optimisation_limited(
 ) -> int:
     """In how many updates the search ended above its own loss at the true photos: that it did not find them is then the search's
     doing, and says nothing of what the update holds. Only of attacks that search."""
-    if found.loss is None:
+    if found.loss is None or job.attack.reads == "round":  # no photos are behind a class embedding
         return 0
     truth = run.load_truth(name)
     count = 0

@@ -159,6 +159,7 @@ def _rounds(
         metrics = {
             "round": t, "loss": round(result.loss, 5), "auc": quick(state, rounds), "images": result.images,
             "epsilon": privacy["epsilon"] if privacy else None, "seconds": round(time.monotonic() - clock, 3),
+            **({"dropped_gradients": result.dropped} if result.dropped else {}),
         }  # fmt: skip
         run.save_round(state, metrics, parties.spec)
         after_round()

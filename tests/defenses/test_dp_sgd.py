@@ -15,7 +15,8 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from defenses.dp_sgd import DPSGD, epsilon_of, merged, noise_for, poisson_batches, undominated
+from defenses.accounting import epsilon_of, merged, noise_for, undominated
+from defenses.dp_sgd import DPSGD, poisson_units
 from fedgc import heads
 from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.doors import ClientPlan, Defense, LocalSession
@@ -247,12 +248,12 @@ def test_noise_and_sampling_follow_the_secret_key_and_not_the_public_seed(monkey
     """Whoever knows which photos were drawn gets no amplification by sampling to hold against."""
     drawn: dict[tuple[int, int], list[list[int]]] = {}
 
-    def spying(plan: ClientPlan, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-        for batch in poisson_batches(plan, steps, generator):
+    def spying(count: int, rate: float, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
+        for batch in poisson_units(count, rate, steps, generator):
             drawn.setdefault(key, []).append(batch.tolist())
             yield batch
 
-    monkeypatch.setattr("defenses.dp_sgd.poisson_batches", spying)
+    monkeypatch.setattr("defenses.dp_sgd.poisson_units", spying)
     for key in ((0, 1), (0, 2), (5, 1)):
         fed = federation("fedgc", DPSGD(noise_multiplier=1.0, delta=1e-2), seed=key[0], noise_key=key[1])
         fed.play(fed.initial_state())
@@ -291,7 +292,7 @@ def test_recorded_steps_are_not_charged_and_rounds_are() -> None:
     fed.play_step(state, 0, *victims(fed.parties, 2, 4, seed=0)[0])
     assert state.ledger == ()
     state = fed.play(fed.play(state).state).state
-    assert state.ledger == tuple(Charge(k, t, 1.0, 4 / 12, 3) for t in (1, 2) for k in (0, 1))
+    assert state.ledger == tuple(Charge(k, t, 1.0, 4 / 12, 3, 6) for t in (1, 2) for k in (0, 1))
 
 
 def test_who_takes_no_part_is_not_charged() -> None:
@@ -315,7 +316,7 @@ def test_every_photo_joins_a_batch_independently_at_the_accounted_rate() -> None
     n, batch, steps = 25, 4, 4000
     plan = ClientPlan(0, n, batch, steps)
     drawn = torch.zeros(steps, n)
-    for i, index in enumerate(poisson_batches(plan, steps, torch.Generator().manual_seed(0))):
+    for i, index in enumerate(poisson_units(n, batch / n, steps, torch.Generator().manual_seed(0))):
         assert len(set(index.tolist())) == len(index)
         drawn[i, index] = 1
     q, cells = batch / n, steps * n
