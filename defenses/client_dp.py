@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from defenses.dp_sgd import epsilon_of, noise_for
+from defenses.accounting import epsilon_of, noise_for
 from defenses.whole_update import clipped, noised, refuse_running_statistics
 from fedgc.doors import ClientPlan, Defense, Scheme
 from fedgc.errors import UsageError

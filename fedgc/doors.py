@@ -18,15 +18,15 @@ Pairwise = Callable[[int], torch.Generator]
 
 @dataclass(frozen=True)
 class ClientPlan:
-    """What a defense must know about one client before training: photos, expected batch size, steps and rounds in the whole run,
-    and the person of each photo, int64 (images,), where a defense may count people."""
+    """What a defense must know about one client before training: photos, expected batch size, steps and rounds in the whole
+    run, and the person of each photo, int64 (images,), where a defense may count people."""
 
     client: int
     images: int
     batch_size: int
     steps: int
-    rounds: int = 1
     people: Tensor | None = None
+    rounds: int = 1
 
     @property
     def persons(self) -> int:

@@ -94,8 +94,8 @@ class Federation:
     def plan(self, party: Party) -> ClientPlan:
         n, batch = len(party.photos), min(self.schedule.batch_size, len(party.photos))
         per_round = self.schedule.local_epochs * math.ceil(n / batch)
-        labels, steps = party.labels.cpu(), per_round * self.schedule.rounds
-        return ClientPlan(party.client, n, batch, steps, self.schedule.rounds, labels)
+        steps, rounds = per_round * self.schedule.rounds, self.schedule.rounds
+        return ClientPlan(party.client, n, batch, steps, party.labels.cpu(), rounds)
 
     @cached_property
     def push_weight(self) -> float:
@@ -210,7 +210,7 @@ class Federation:
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
             n, steps = len(party.photos), constants.steps or 1
-            plan = ClientPlan(party.client, n, n, steps, people=party.labels.cpu())
+            plan = ClientPlan(party.client, n, n, steps, party.labels.cpu())
             batches, sampling = iter([torch.arange(n)] * steps), None
         else:
             plan = self.plan(party)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from defenses.accounting import epsilon_of
 from defenses.client_dp import ClientDP
 from defenses.clip_only import ClipOnly
-from defenses.dp_sgd import epsilon_of
 from defenses.whole_update import clipped
 from fedgc.doors import ClientPlan
 from fedgc.errors import UsageError
@@ -135,7 +135,7 @@ def test_rounds_streams_and_clients_have_noise_of_their_own(federation) -> None:
 
 def test_a_round_is_one_release_whatever_its_steps() -> None:
     defense = ClientDP(noise_multiplier=3.0)
-    assert defense.charge(ClientPlan(1, 50, 5, 99, 7), 4, 10) == Charge(1, 4, 3.0, 1.0, 1)
+    assert defense.charge(ClientPlan(1, 50, 5, 99, rounds=7), 4, 10) == Charge(1, 4, 3.0, 1.0, 1)
 
 
 def test_spent_is_that_of_the_client_that_took_part_most() -> None:
@@ -152,7 +152,7 @@ def test_spent_is_that_of_the_client_that_took_part_most() -> None:
 
 
 def test_a_target_is_reached_by_whoever_takes_part_in_every_round() -> None:
-    plans = [ClientPlan(k, 50, 5, 99, 12) for k in range(4)]
+    plans = [ClientPlan(k, 50, 5, 99, rounds=12) for k in range(4)]
     prepared = ClientDP(epsilon=8.0, delta=1e-3).prepared(plans)
     assert prepared.noise_multiplier is not None
     assert 0.97 * 8 < epsilon_of([(prepared.noise_multiplier, 1.0, 12)], 1e-3) <= 8.0
@@ -162,7 +162,7 @@ def test_a_target_is_reached_by_whoever_takes_part_in_every_round() -> None:
 
 
 def test_a_delta_that_promises_nothing_is_refused() -> None:
-    plans = [ClientPlan(k, 50, 5, 99, 12) for k in range(4)]
+    plans = [ClientPlan(k, 50, 5, 99, rounds=12) for k in range(4)]
     with pytest.raises(UsageError, match="one of 4 clients"):
         ClientDP(noise_multiplier=1.0, delta=0.25).prepared(plans)
 
