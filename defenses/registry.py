@@ -6,11 +6,12 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from defenses.blinded_correction import BlindedCorrection
 from defenses.dp_sgd import DPSGD
 from defenses.none import NoDefense
 from fedgc.doors import Defense
 
-AnyDefense = Annotated[NoDefense | DPSGD, Field(discriminator="name")]
+AnyDefense = Annotated[NoDefense | DPSGD | BlindedCorrection, Field(discriminator="name")]
 DEFENSES: dict[str, type[Defense]] = {
     str(kind.model_fields["name"].default): kind for kind in get_args(get_args(AnyDefense)[0])
 }

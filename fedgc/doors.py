@@ -48,6 +48,10 @@ class Defense(Named):
     def check_module(self, module: torch.nn.Module) -> None:
         """Raise UsageError where the network cannot be trained under this defense."""
 
+    def check_algorithm(self, name: str, head: str) -> None:
+        """Raise UsageError where the algorithm of that name and kind of head (`fedgc.algorithms.Algorithm`) leaves this defense
+        nothing to do."""
+
     def local_training(
         self,
         module: torch.nn.Module,
@@ -59,6 +63,15 @@ class Defense(Named):
     ) -> AbstractContextManager[LocalSession]:
         """Around local training: may replace the optimiser and, where ``sampling`` is given, how batches are drawn."""
         return nullcontext(LocalSession(optimizer, batches))
+
+    def blinded(self, rows: Tensor, secret: torch.Generator) -> Tensor:
+        """Class embeddings (n, d), or changes of them, as the server is to hold them. Linear. secret: the same stream at every
+        call, which all clients share and the server does not know."""
+        return rows
+
+    def unblinded(self, rows: Tensor, secret: torch.Generator) -> Tensor:
+        """The inverse of `blinded`, at the clients."""
+        return rows
 
     def outgoing(self, update: ClientUpdate, noise: torch.Generator) -> ClientUpdate:
         """On the update that leaves a client."""

@@ -86,6 +86,7 @@ class Federation:
             require_answers(self.algorithm, len(self.parties))
         module = FaceModel(self.backbone, CosineHead(1, self.spec.embedding_size))
         self.defense.check_module(module)
+        self.defense.check_algorithm(self.algorithm.name, self.algorithm.head)
         if self.defense.per_photo and self.schedule.precision != "float32":
             raise UsageError(
                 f"{self.defense.name} needs federation.precision = float32: it clips the gradient of each photo"
@@ -205,7 +206,7 @@ class Federation:
         rows, recorded = self._visible_rows(party), where[0] == "step"
         model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
         start = state.rows[list(rows)] if probes is None else probes.own
-        load_tensors(model, {**state.backbone, HEAD: start})
+        load_tensors(model, {**state.backbone, HEAD: self.defense.unblinded(start, self._clients_secret())})
         model.train(not recorded)
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
@@ -218,11 +219,17 @@ class Federation:
                 plan.images, plan.batch_size, self.schedule.local_epochs, draw(self.seed, "batches")
             )
             sampling = draw(self.noise_key, "sampling")  # amplification needs it secret
-        return train_locally(
+        result = train_locally(
             model, party.photos, party.labels.to(self.device) - rows[0], batches, constants, self.defense, plan,
             sampling=sampling, augmenting=draw(self.seed, "augment") if constants.augmented else None,
             noise=draw(self.noise_key, "noise"),
         )  # fmt: skip
+        return replace(
+            result, delta={**result.delta, HEAD: self.defense.blinded(result.delta[HEAD], self._clients_secret())}
+        )
+
+    def _clients_secret(self) -> torch.Generator:
+        return clients_secret(self.noise_key)
 
     def _stream(self, party: Party, where: Where) -> Where:
         if where[0] == "round":
@@ -310,6 +317,11 @@ class Federation:
             carried=carried,
             prober=self.probing.client if self.probing and new.probes and where[0] == "round" else None,
         )
+
+
+def clients_secret(noise_key: int) -> torch.Generator:
+    """The stream that all clients of a run share, and the server does not know."""
+    return generator(noise_key, "clients-secret")
 
 
 def round_half_up(x: float) -> int:
