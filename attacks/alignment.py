@@ -5,8 +5,9 @@ as unit vectors. Row i shows person p(i). Three ways, all in float64:
 
     gram          no R at all: the p under which the cosines among rows resemble those among people, a quadratic assignment
                   (FAQ, Vogelstein et al. 2015), each row with a different person
-    wasserstein   R and p in turn: orthogonal Procrustes for R, linear assignment for p (Wasserstein-Procrustes, Grave et al.
-                  2019), started from matched second moments with signs by third moments, then from altered signs
+    wasserstein   R and p in turn: orthogonal Procrustes for R, assignment for p (Wasserstein-Procrustes, Grave et al. 2019),
+                  started from matched second moments with signs by third moments, then from altered signs. Assignments are soft
+                  at first and harden (Rangarajan et al. 1997): hard ones from the start end in the nearest poor optimum
     paired        R alone, from rows whose people the attacker knows: U Vᵀ of Σ y_p(i) x_iᵀ (Schönemann 1966)
 
 Every start is judged by the attacker's own objective. Known pairs stay fixed in the first two.
@@ -24,6 +25,9 @@ from torch import Tensor
 Array = np.ndarray
 Pairs = list[tuple[int, int]]  # (row, person)
 ALTERNATIONS = 100
+TEMPERATURES = np.geomspace(0.3, 0.02, 12)  # of soft assignments, in cosines: from all people alike to one or two
+AT_EACH = 5  # alternations at a temperature
+BALANCING = 20
 RANK = 1e-9  # relative to the largest singular value: below, known pairs say nothing of a direction
 
 
@@ -49,6 +53,18 @@ def assigned(scores: Array, known: Pairs) -> Array:
     return linear_sum_assignment(-scores)[1]
 
 
+def softly_assigned(scores: Array, temperature: float, known: Pairs) -> Array:
+    """(n, G) shares of each row in people: rows of sum 1, and nobody shared out much more than once (Sinkhorn)."""
+    P = np.exp((scores - scores.max(axis=1, keepdims=True)) / temperature)
+    for _ in range(BALANCING):
+        P /= P.sum(axis=1, keepdims=True)
+        P /= np.maximum(P.sum(axis=0, keepdims=True), 1)
+    for i, g in known:
+        P[i] = 0
+        P[i, g] = 1
+    return P
+
+
 def wasserstein_procrustes(
     rows: Array, people: Array, known: Pairs, restarts: int, draw: np.random.Generator, tick: Callable[[int], None]
 ) -> Array:
@@ -57,6 +73,8 @@ def wasserstein_procrustes(
     best, found = -np.inf, np.eye(rows.shape[1])
     for attempt in range(restarts):
         Q = starts[attempt] if attempt < len(starts) else matched_moments(rows, people, draw, attempt > len(starts))
+        for temperature in np.repeat(TEMPERATURES, AT_EACH):
+            Q = procrustes(rows, softly_assigned(rows @ Q @ people.T, temperature, known) @ people)
         match = np.full(len(rows), -1)
         for _ in range(ALTERNATIONS):
             before, match = match, assigned(rows @ Q @ people.T, known)
