@@ -27,6 +27,7 @@ from attacks.head_algebra import (
 )
 from attacks.last_layers import Tail, affine, is_affine, map_of, onto, tail
 from attacks.unmixing import singular, unmix
+from attacks.updates import turned
 from fedgc.types import LocalConstants, ObservedUpdate
 
 RANK_ONE = 0.1  # share of the length of dW that db must leave unexplained at most
@@ -139,14 +140,16 @@ def recover(update: ObservedUpdate, constants: LocalConstants) -> Recovered:
     """All that follows from the update of one step: labels, unit features, inputs of the embedding layer, gradients.
 
     One photo: the last layers, and the label by the head's rows where they are seen. Several: by the zeros of their inputs where
-    a ReLU made them, the labels then by what each photo pulls; else by row matching. Seconds at the most.
+    a ReLU made them, the labels then by what each photo pulls; else by row matching. Rows that come turned by a secret say
+    nothing of features: they name the label of one photo, and no more is made of them. Seconds at the most.
     """
     rows, last, count = head_rows(update, constants), tail(update, constants), update.images
+    blind = turned(constants)
     if count == 1:
-        return _of_one(rows, last)
+        return _of_one(rows, last, blind)
     inputs = _by_zeros(last, count) if last is not None else None
     units = None if inputs is None or last is None else F.normalize(last.features(inputs), dim=1)
-    if rows is None:
+    if rows is None or blind:
         return _without_rows(last, inputs, units)
     own = len(update.clients) > 1
     how = "row matching" if units is None else "zeros of the embedding layer's inputs"
@@ -167,7 +170,7 @@ def recover(update: ObservedUpdate, constants: LocalConstants) -> Recovered:
     return Recovered(labels, units, inputs, features, pulls, how)
 
 
-def _of_one(rows: HeadRows | None, last: Tail | None) -> Recovered:
+def _of_one(rows: HeadRows | None, last: Tail | None, blind: bool = False) -> Recovered:
     labels = None if rows is None else guess_labels(rows, 1)
     inputs = features = pulls = None
     if last is not None:
@@ -179,7 +182,7 @@ def _of_one(rows: HeadRows | None, last: Tail | None) -> Recovered:
         pulls = made[1][None] if made is not None else _pulls(last, inputs)
     units = None if features is None else F.normalize(features, dim=1)
     how = "the last layers of the backbone"
-    if units is None and rows is not None and labels is not None and len(rows.pull) > 1:
+    if units is None and rows is not None and labels is not None and len(rows.pull) > 1 and not blind:
         units, how = embedding_of_one(rows, int(labels))[None], "the head's rows"
     return Recovered(labels, units, inputs, features, pulls, how)
 

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from attacks.subsets import Floats, Value, evidence, nonnegative, projected, summed
-from attacks.updates import Noise, gradient, source, targets
+from attacks.updates import Noise, gradient, source, targets, without_turned_rows
 from fedgc import heads
 from fedgc.local import load_tensors
 from fedgc.models import FaceModel, build_model
@@ -89,6 +89,7 @@ class CandidateMatch(Attack):
         assert photos is not None
         found = []
         for done, update in enumerate(updates, 1):
+            update = without_turned_rows(update, observation.public_constants)
             value, owners = set_value(update, observation.public_constants, photos, self.labels)
             found.append(evidence(value, owners, update.images))
             progress(done, len(updates))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.backbone_algebra import recover, separable
-from attacks.updates import illegible, source, targets
+from attacks.updates import illegible, source, targets, turned
 from fedgc.types import HEAD, Attack, Observation, Progress, Reconstruction
 
 
@@ -31,9 +31,11 @@ class EmbeddingRecovery(Attack):
         if steps != 1:
             return f"reads the gradient of a single step, and this update is the sum of {steps or 'several'}"
         for update in targets(observation) if illegible(observation) is None else ():
-            if HEAD not in update.delta and update.images > 1 and not separable(update, observation.public_constants):
+            constants, seen = observation.public_constants, HEAD in update.delta
+            if (not seen or turned(constants)) and update.images > 1 and not separable(update, constants):
+                rows = f"class embeddings ({HEAD}) come turned" if seen else f"no class embedding ({HEAD}) reaches"
                 return (
-                    f"{update.images} photos are mixed in this update, no class embedding ({HEAD}) reaches the seat "
+                    f"{update.images} photos are mixed in this update, {rows}{' to' if seen else ''} the seat "
                     f"'{observation.threat}' under {observation.algorithm}, and the last layer of "
                     f"{observation.public_constants.spec.backbone} gets no zeros by which to tell them apart: "
                     "record.batch_sizes = [1] shows what a single photo gives away"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from attacks.backbone_algebra import recover, separable
 from attacks.gradient_matching import Schedule, Solution, counted, match, nothing_found, offset
 from attacks.priors import Eigenfaces, Pixels, Prior, auxiliary_basis, mean_face
-from attacks.updates import illegible, source, targets, unreadable
+from attacks.updates import illegible, reads_rows, source, targets, unreadable
 from fedgc.models import load_backbone
-from fedgc.types import HEAD, Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
+from fedgc.types import Attack, LocalConstants, Observation, ObservedUpdate, Progress, Reconstruction
 
 
 class FeatureInversion(Attack):
@@ -54,8 +54,8 @@ class FeatureInversion(Attack):
         if self.prior == "faces" and (faces is None or len(faces) < 2):
             return "prior = 'faces' needs auxiliary-faces (2 photos or more); without, set prior = 'pixels'"
         why = illegible(observation)
-        if why is None and not all(HEAD in u.delta or separable(u, constants) for u in targets(observation)):
-            return unreadable(observation)
+        if why is None and not all(reads_rows(u, constants) or separable(u, constants) for u in targets(observation)):
+            return unreadable(observation, forward=True)
         return why
 
     def run(self, observation: Observation, generator: torch.Generator, progress: Progress) -> Reconstruction:

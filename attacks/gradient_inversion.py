@@ -22,7 +22,7 @@ from attacks.local_update import LocalUpdate, UnrolledMatching, not_unrolled, si
 from attacks.methods import METHODS, Method
 from attacks.objectives import HeadMatching, NoisyMatching, Objective, PullMatching
 from attacks.priors import Eigenfaces, Joint, Pixels, Prior, Shape, auxiliary_basis, mean_face
-from attacks.updates import Noise, drifted, gradient, illegible, source, targets, unreadable
+from attacks.updates import Noise, drifted, gradient, illegible, reads_rows, source, targets, turned, unreadable
 from fedgc.errors import RefusedError
 from fedgc.types import (
     HEAD,
@@ -112,11 +112,11 @@ class GradientInversion(Attack):
             )
         if self._unrolls(observation.public_constants) and (why := not_unrolled(observation)) is not None:
             return why
-        if self.method != "cascade" or unreadable(observation) is None:
-            return unreadable(observation)
+        if self.method != "cascade" or unreadable(observation, forward=True) is None:
+            return unreadable(observation, forward=True)
         why = illegible(observation)
         if why is None and not all(separable(u, observation.public_constants) for u in targets(observation)):
-            why = unreadable(observation)
+            why = unreadable(observation, forward=True)
         return why
 
     def sized(self, photos: int) -> Self:
@@ -248,7 +248,7 @@ class GradientInversion(Attack):
         if self._unrolls(constants):
             rows = self._rows(update, constants, gradient(update, constants))
             return [(UnrolledMatching.of(update, constants, rows), rows, update.images)]
-        known = HEAD in update.delta and HEAD in update.before and drifted(update, constants)
+        known = reads_rows(update, constants) and drifted(update, constants)
         rows = self._rows(update, constants, gradient(update, constants)) if known else None
         noise = Noise.of(update, constants) if self._models_noise and HEAD in update.delta else None
         if noise is not None and rows is None and faces is not None:
@@ -272,7 +272,7 @@ class GradientInversion(Attack):
             if known.feature_gradient is not None:
                 pulls = known.feature_gradient
                 return PullMatching.of(update.before, seen, pulls, constants.spec), known.labels, len(pulls)
-        if HEAD not in seen:
+        if HEAD not in seen or turned(constants):
             raise RefusedError("the photos of this update cannot be told apart, and no class embedding is seen")
         labels = self._rows(update, constants, seen) if rows is None else rows
         return HeadMatching.of(update.before, seen, labels, constants.spec, self._method.metric), labels, update.images

@@ -3,14 +3,15 @@ owner. So do features that an update gives away, and the change of a class embed
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from attacks.adapters import adapted
+from attacks.alignment import aligned_scores
 from attacks.embedding_recovery import EmbeddingRecovery
 from attacks.shadows import shadows, strangers
 from attacks.updates import targets
@@ -40,7 +41,9 @@ class IdentityLinkage(Attack):
     source: "class-embeddings"; "embedding-changes", what a round did to each of them, which the photos of that round did;
     "face-embeddings", what `embedding-recovery` finds in recorded steps. through: "own", the gallery in the attacked model's
     features; "adapter", in those of a recogniser that the attacker trained on strangers for ``epochs``, with a linear map between
-    the two: templates against somebody else's database.
+    the two: templates against somebody else's database; "alignment", of rows that come turned by an unknown rotation, as
+    ``alignment`` says (`attacks.alignment`), from so many ``restarts``. known: of how many class embeddings the attacker knows
+    the person beforehand; these are no part of the answer.
     """
 
     name: Literal["identity-linkage"] = "identity-linkage"
@@ -49,15 +52,29 @@ class IdentityLinkage(Attack):
     summary: ClassVar[str] = "names the people behind class embeddings by photos of candidates"
 
     source: Literal["class-embeddings", "embedding-changes", "face-embeddings"] = "class-embeddings"
-    through: Literal["own", "adapter"] = "own"
+    through: Literal["own", "adapter", "alignment"] = "own"
     epochs: int = Field(default=30, ge=1)
+    alignment: Literal["gram", "wasserstein", "paired"] = "wasserstein"
+    restarts: int = Field(default=30, ge=1)
+    known: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _alignment_is_of_class_embeddings(self) -> Self:
+        if self.through != "alignment":
+            if self.known:
+                raise ValueError("known people help through = alignment alone")
+        elif self.source != "class-embeddings":
+            raise ValueError(f"only class embeddings come turned: source = {self.source} is linked through = own")
+        elif self.alignment == "paired" and not self.known:
+            raise ValueError("alignment = paired needs known, the number of class embeddings whose person is known")
+        return self
 
     @property
     def reads(self) -> Literal["round", "step"]:
         return "step" if self.source == "face-embeddings" else "round"
 
     def needed(self) -> tuple[frozenset[str], ...]:
-        more = {"auxiliary-faces"} if self.through == "adapter" else set()
+        more = {"auxiliary-faces"} if self.through == "adapter" else {"acquaintances"} if self.known else set()
         if self.source == "class-embeddings":
             return tuple(need | more for need in self.needs)
         return tuple(_GALLERY | more | {updates} for updates in ("client-updates", "aggregate"))
@@ -72,6 +89,14 @@ class IdentityLinkage(Attack):
         faces, people = observation.auxiliary_faces, observation.auxiliary_people
         if self.through == "adapter" and (faces is None or people is None or strangers(faces, people) is None):
             return "needs eight strangers or more of three photos each, told apart, to train a recogniser of its own on"
+        rows, acquaintances = observation.class_embeddings, observation.acquaintances
+        if self.known and rows is not None and acquaintances is not None:
+            held = len(set(rows.classes) & set(acquaintances))
+            if held < self.known or held == len(rows.classes):
+                return (
+                    f"known = {self.known} leaves nobody to be named, or is more than the {held} people of whom there are photos "
+                    f"among the {len(rows.classes)} class embeddings: set identity-linkage.known lower"
+                )
         if self.source == "face-embeddings":
             return EmbeddingRecovery().unsuitable(observation)
         if self.source == "embedding-changes" and not any(HEAD in u.delta for u in targets(observation)):
@@ -85,6 +110,10 @@ class IdentityLinkage(Attack):
         (n, d), what was linked, of recorded steps alone. A feature that was not found is at cosine zero with everybody."""
         sources, embeddings, model = self._embeddings(observation, generator)
         scores = self._scores(observation, model, embeddings, generator, progress)
+        if self.known:
+            acquaintances = observation.acquaintances or {}
+            asked = [i for i, c in enumerate(sources) if c not in acquaintances]
+            sources, scores = tuple(sources[i] for i in asked), scores[asked]
         progress(1, 1)
         return Reconstruction(sources, scores=scores, embeddings=embeddings if self.reads == "step" else None)
 
@@ -120,6 +149,13 @@ class IdentityLinkage(Attack):
         assert gallery is not None
         if self.through == "own":
             return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
+        if self.through == "alignment":
+            gallery_people, held = person_embeddings(backbone, gallery), observation.class_embeddings
+            assert held is not None
+            knows = observation.acquaintances or {} if self.known else {}
+            pairs = [(i, knows[c]) for i, c in enumerate(held.classes) if c in knows]
+            tick = lambda done: progress(done, self.restarts + 1)  # noqa: E731
+            return aligned_scores(self.alignment, embeddings, gallery_people, pairs, self.restarts, generator, tick)
         faces, people = observation.auxiliary_faces, observation.auxiliary_people
         assert faces is not None and people is not None  # noqa: PT018
         (own,) = shadows(faces, people, observation.public_constants, 1, self.epochs, progress)

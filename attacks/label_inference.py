@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attacks.backbone_algebra import recover
 from attacks.head_algebra import guess_labels, head_rows
-from attacks.updates import Noise, drifted, gradient, source, targets, unreadable
+from attacks.updates import Noise, drifted, gradient, source, targets, turned, unreadable
 from fedgc import heads
 from fedgc.local import load_tensors
 from fedgc.models import build_model
@@ -28,9 +28,9 @@ def infer_labels(update: ObservedUpdate, constants: LocalConstants) -> Tensor:
 
     One photo: the row against the others. It needs three classes: of two, each is as much the opposite of the other.
     Several: `attacks.backbone_algebra.recover` finds their features first, and what each of them pulls names its row; of several
-    local steps, whose mean gradient no features explain exactly, the rows' own pulls name them.
+    local steps, whose mean gradient no features explain exactly, and of rows that come turned, the rows' own pulls name them.
     """
-    if drifted(update, constants) and (rows := head_rows(update, constants)) is not None:
+    if (drifted(update, constants) or turned(constants)) and (rows := head_rows(update, constants)) is not None:
         return guess_labels(rows, update.images)
     labels = recover(update, constants).labels
     assert labels is not None

@@ -63,7 +63,7 @@ def not_unrolled(observation: Observation) -> str | None:
         return f"local_update = 'unrolled' does not take the steps of dp-sgd: {instead}"
     if any(len(update.clients) > 1 for update in targets(observation)):
         return f"local_update = 'unrolled' takes one client's steps, and this update is a mean over several: {instead}"
-    return unreadable(observation)
+    return unreadable(observation, forward=True)
 
 
 @dataclass(frozen=True)

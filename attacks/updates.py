@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +15,16 @@ def targets(observation: Observation) -> tuple[ObservedUpdate, ...]:
     if observation.client_updates is not None:
         return observation.client_updates
     return () if observation.aggregate is None else (observation.aggregate,)
+
+
+def without_turned_rows(update: ObservedUpdate, constants: LocalConstants) -> ObservedUpdate:
+    """The update as it is, or where its rows come turned by a secret without them."""
+    if not turned(constants):
+        return update
+    before, delta = (
+        {name: t for name, t in tensors.items() if name != HEAD} for tensors in (update.before, update.delta)
+    )
+    return replace(update, before=before, delta=delta)
 
 
 def source(update: ObservedUpdate) -> int:
@@ -37,6 +48,17 @@ def gradient(update: ObservedUpdate, constants: LocalConstants) -> dict[str, Ten
         for name, delta in update.delta.items()
         if name in update.before
     }
+
+
+def turned(constants: LocalConstants) -> bool:
+    """Whether class embeddings come turned by a rotation that the attacker does not know, as the defense card says: inner
+    products among them still hold, those with features of the backbone do not."""
+    return constants.defense.get("name") == "blinded-correction"
+
+
+def reads_rows(update: ObservedUpdate, constants: LocalConstants) -> bool:
+    """Whether the head's rows behind an update are seen, and can be put behind the backbone in a forward pass."""
+    return HEAD in update.delta and HEAD in update.before and not turned(constants)
 
 
 def drifted(update: ObservedUpdate, constants: LocalConstants) -> bool:
@@ -68,8 +90,14 @@ def illegible(observation: Observation) -> str | None:
     return None
 
 
-def unreadable(observation: Observation) -> str | None:
-    """Why the updates of this observation cannot be read through the head's rows, or None."""
+def unreadable(observation: Observation, forward: bool = False) -> str | None:
+    """Why the updates of this observation cannot be read through the head's rows, or None. forward: reading puts the rows behind
+    the backbone."""
+    if forward and turned(observation.public_constants):
+        return (
+            "puts class embeddings behind the backbone, and under blinded-correction they come turned by a rotation that the "
+            f"seat '{observation.threat}' does not know"
+        )
     for update in targets(observation) if illegible(observation) is None else ():
         if HEAD not in update.delta or HEAD not in update.before:
             return (

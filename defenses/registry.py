@@ -6,6 +6,7 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from defenses.blinded_correction import BlindedCorrection
 from defenses.client_dp import ClientDP
 from defenses.clip_only import ClipOnly
 from defenses.correction_noise import CorrectionNoise
@@ -20,7 +21,7 @@ from fedgc.doors import Defense
 
 AnyDefense = Annotated[
     NoDefense | DPSGD | ClientDP | ClipOnly | Pruning | Quantization | SecureAggregation | EmbeddingNoise
-    | CorrectionNoise | RowStepBound,
+    | CorrectionNoise | RowStepBound | BlindedCorrection,
     Field(discriminator="name"),
 ]  # fmt: skip
 DEFENSES: dict[str, type[Defense]] = {

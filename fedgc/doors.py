@@ -115,6 +115,15 @@ class Defense(Named):
         """Around local training: may replace the optimiser and, where ``sampling`` is given, how batches are drawn."""
         return nullcontext(LocalSession(optimizer, batches))
 
+    def blinded(self, rows: Tensor, secret: torch.Generator) -> Tensor:
+        """Class embeddings (n, d), or changes of them, as the server is to hold them. Linear. secret: the same stream at every
+        call, which all clients share and the server does not know."""
+        return rows
+
+    def unblinded(self, rows: Tensor, secret: torch.Generator) -> Tensor:
+        """The inverse of `blinded`, at the clients."""
+        return rows
+
     def outgoing(self, update: ClientUpdate, noise: torch.Generator) -> ClientUpdate:
         """On the update that leaves a client."""
         return update

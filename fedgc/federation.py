@@ -205,7 +205,7 @@ class Federation:
         rows, recorded = self._visible_rows(party), where[0] == "step"
         model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
         start = self._kept(state)[list(rows)] if probes is None else probes.own
-        load_tensors(model, {**state.backbone, HEAD: start})
+        load_tensors(model, {**state.backbone, HEAD: self.defense.unblinded(start, self._clients_secret())})
         model.train(not recorded)
         draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
         if recorded:
@@ -218,11 +218,17 @@ class Federation:
                 plan.images, plan.batch_size, self.schedule.local_epochs, draw(self.seed, "batches")
             )
             sampling = draw(self.noise_key, "sampling")  # amplification needs it secret
-        return train_locally(
+        result = train_locally(
             model, party.photos, party.labels.to(self.device) - rows[0], batches, constants, self.defense, plan,
             sampling=sampling, augmenting=draw(self.seed, "augment") if constants.augmented else None,
             noise=draw(self.noise_key, "noise"),
         )  # fmt: skip
+        return replace(
+            result, delta={**result.delta, HEAD: self.defense.blinded(result.delta[HEAD], self._clients_secret())}
+        )
+
+    def _clients_secret(self) -> torch.Generator:
+        return clients_secret(self.noise_key)
 
     def _stream(self, party: Party, where: Where) -> Where:
         if where[0] == "round":
@@ -289,6 +295,11 @@ class Federation:
             summed={} if self.algorithm.alone or got.complete else got.total,
             own=got.own,
         )
+
+
+def clients_secret(noise_key: int) -> torch.Generator:
+    """The stream that all clients of a run share, and the server does not know."""
+    return generator(noise_key, "clients-secret")
 
 
 def round_half_up(x: float) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
-from fedgc.types import ClientUpdate, LocalConstants, ModelSpec, Transcript
+from fedgc.types import HEAD, ClientUpdate, LocalConstants, ModelSpec, Transcript
 
 STEP = re.compile(r"-step-b(?P<batch>\d+)-(k(?P<steps>\d+)-)?\d+$")
 
@@ -35,6 +35,17 @@ def size_of(name: str) -> tuple[int, int] | None:
     """(photos, local steps) behind each update of a recorded step of that name; None for a whole round."""
     found = STEP.search(name)
     return None if found is None else (int(found["batch"]), int(found["steps"] or 1))
+
+
+def rows_read(t: Transcript, read: Callable[[Tensor], Tensor]) -> Transcript:
+    """The transcript with class embeddings, and changes of them, as ``read`` makes of what was on the wire."""
+    opened = lambda tensors: {n: read(x) if n == HEAD else x for n, x in tensors.items()}  # noqa: E731
+    return replace(
+        t,
+        sent={k: opened(message) for k, message in t.sent.items()},
+        updates={k: replace(u, tensors=opened(u.tensors)) for k, u in t.updates.items()},
+        returned={k: opened(message) for k, message in t.returned.items()},
+    )
 
 
 def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -201,6 +201,9 @@ class Observation:
     normalisation_statistics: Tensors | None = None  # of BatchNorm layers of the released model
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
     suspects: Gallery | None = None  # people some of whom were trained on, by other photos than those
+    acquaintances: Mapping[int, int] | None = (
+        None  # person of the gallery behind a class, where the attacker knows it beforehand
+    )
     auxiliary_people: Tensor | None = None  # a number for the person of each auxiliary face; comes with them
 
     @property
@@ -215,6 +218,7 @@ GRANTS_OF_FIELDS = {
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
         "correction", "probes", "auxiliary_faces", "gallery", "normalisation_statistics", "candidates", "suspects",
+        "acquaintances",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())

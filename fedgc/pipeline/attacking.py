@@ -24,7 +24,7 @@ from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.judging import judged, optimisation_limited
-from fedgc.pipeline.linking import told_apart
+from fedgc.pipeline.linking import acquaintances, told_apart
 from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
 from fedgc.pipeline.verdicts import Bench
 from fedgc.pipeline.watch import Watch, silent
@@ -185,6 +185,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     suspects = line_up(run, job.seat) if isinstance(job.attack, MembershipInference) else None
     if suspects is not None:
         owned = replace(owned, suspects=suspects.people)
+    owned = replace(owned, acquaintances=acquaintances(run, job.attack, job.seat, job.transcripts[0]))
     seen: dict[str, Observation] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
     granted: tuple[str, ...] = ()

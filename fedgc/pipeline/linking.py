@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.identity_linkage import person_embeddings
+from attacks.identity_linkage import IdentityLinkage, person_embeddings
 from eval.linkage import score_linkage
 from eval.probes import Read, score_probe
 from eval.scoring import Scores
 from eval.template_faces import score_faces
 from fedgc.models import embed, load_backbone
+from fedgc.pipeline.blinding import as_clients_read
 from fedgc.pipeline.working import SEAT
+from fedgc.rng import generator
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
 from fedgc.types import HEAD, Attack, Reconstruction, Transcript
@@ -38,11 +40,22 @@ def mates_of(run: RunDirectory) -> dict[int, int]:
     return {int(c): int(g) for c, g in run.load_identities()["class_gallery"].items()}
 
 
+def acquaintances(run: RunDirectory, attack: Attack, seat: int | None, name: str) -> dict[int, int] | None:
+    """The person of the gallery behind as many classes as an attack says that the attacker knows, drawn by the run's seed, of
+    others than ``seat``; fewer where there are not so many, None for an attack that asks for none."""
+    if not isinstance(attack, IdentityLinkage) or not attack.known:
+        return None
+    owners, mates = run.load_transcript(name).owners, mates_of(run)
+    classes = [c for c in sorted(mates) if owners[c] != seat]
+    order = torch.randperm(len(classes), generator=generator(run.about()["seed"], "acquaintances")).tolist()
+    return {classes[i]: mates[classes[i]] for i in order[: attack.known]}
+
+
 def _faces(
     run: RunDirectory, name: str, threat: str, found: Reconstruction, mates: Mapping[int, int], rng: np.random.Generator
 ) -> Scores:
     """Images of class embeddings, against other photos of their people and in the attacked model's own eyes."""
-    transcript = run.load_transcript(name)
+    transcript = as_clients_read(run, run.load_transcript(name))
     observation = THREATS[threat].observe(transcript, seat=SEAT)
     held, owned = observation.class_embeddings, run.load_knowledge()
     rows, classes = foreign_rows(transcript) if held is None else (held.weight, held.classes)
@@ -66,7 +79,7 @@ def told_apart(run: RunDirectory, attack: Attack, found: Mapping[str, Reconstruc
 
 
 def _nearest(run: RunDirectory, name: str, guesses: Tensor) -> tuple[int, ...]:
-    rows, classes = foreign_rows(run.load_transcript(name))
+    rows, classes = foreign_rows(as_clients_read(run, run.load_transcript(name)))
     nearest = (F.normalize(guesses, dim=1) @ F.normalize(rows, dim=1).T).argmax(dim=1)
     return tuple(classes[i] for i in nearest.tolist())
 
@@ -80,7 +93,7 @@ def _probe_scores(
     rounds = []
     classes: tuple[int, ...] = ()
     for name, reconstruction in found.items():
-        transcript, guesses = run.load_transcript(name), reconstruction.embeddings
+        transcript, guesses = as_clients_read(run, run.load_transcript(name)), reconstruction.embeddings
         assert guesses is not None
         rows, classes = foreign_rows(transcript)
         people = person_embeddings(load_backbone(transcript.constants.spec, transcript.released), gallery)

@@ -22,6 +22,7 @@ import torch
 from fedgc.config import PROBER
 from fedgc.errors import FedgcError, RunError
 from fedgc.files import PRIVATE, make_folder, read_tensors, write_tensors
+from fedgc.pipeline.blinding import as_clients_read
 from fedgc.pipeline.processes import processes
 from fedgc.rng import generator
 from fedgc.runs import RunDirectory
@@ -62,7 +63,10 @@ def observed(
     run: RunDirectory, job: Job, name: str, photos: int | None, knowledge: Knowledge
 ) -> tuple[Observation, int]:
     """What the attacker sees of one transcript, with no more updates than hold so many photos, and how many those hold."""
-    return limited(THREATS[job.threat].observe(run.load_transcript(name), knowledge, SEAT), photos)
+    transcript = run.load_transcript(name)
+    if job.seat is not None:
+        transcript = as_clients_read(run, transcript)
+    return limited(THREATS[job.threat].observe(transcript, knowledge, SEAT), photos)
 
 
 def limited(observation: Observation, photos: int | None) -> tuple[Observation, int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from defenses.blinded_correction import BlindedCorrection
 from defenses.client_dp import ClientDP
 from defenses.clip_only import ClipOnly
 from defenses.correction_noise import CorrectionNoise
@@ -42,6 +43,7 @@ AT_WORK: tuple[Defense, ...] = (
     EmbeddingNoise(scale=0.5),
     CorrectionNoise(clip=0.01, noise=0.5, drop_below=0.001),
     RowStepBound(bound=0.02),
+    BlindedCorrection(noise_seed=5),
 )
 EXACTLY_OFF: tuple[Defense, ...] = (
     ClipOnly(max_grad_norm=1e6),
@@ -60,7 +62,7 @@ CORRECTED = {"fedgc", "fedcos", "fedaws"}
 SENT = {"fedavg", "fedpe"} | CORRECTED
 USED = {
     **dict.fromkeys(("client-dp", "clip-only", "pruning", "quantization", "secure-aggregation"), SENT),
-    **dict.fromkeys(("embedding-noise", "correction-noise", "row-step-bound"), CORRECTED),
+    **dict.fromkeys(("embedding-noise", "correction-noise", "row-step-bound", "blinded-correction"), CORRECTED),
     **{name: set(ALGORITHMS) for name in EVERYWHERE},
 }
 
