@@ -106,9 +106,7 @@ def test_attacks_on_steps_do_without_class_embeddings(blinded: Path) -> None:
 @pytest.mark.parametrize("known", [0, 8])
 def test_alignment_leaves_out_whom_the_attacker_knows(blinded: Path, known: int) -> None:
     run, quick = RunDirectory(blinded), ["identity-linkage.through=alignment", "identity-linkage.restarts=2"]
-    entry = attack(
-        blinded, ["identity-linkage"], ["server"], settings=[*quick, f"identity-linkage.known={known}"]
-    )[0]
+    entry = attack(blinded, ["identity-linkage"], ["server"], settings=[*quick, f"identity-linkage.known={known}"])[0]
     assert entry["targets"] == run.about()["classes"] - known
     assert ("acquaintances" in entry["granted"]) is bool(known)
 

@@ -23,7 +23,7 @@ from fedgc.types import HEAD, ModelSpec, State
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 KEY = 7
-TOLERANCE = 2e-5  # of three rounds in float32
+TOLERANCE = 2e-6  # of three rounds in float32, which were seen to differ by 2e-7
 PUSHES = {
     "normalised": ("fedgc", Push(weight=3.0)),
     "raw": ("fedgc", Push(weight=3.0, normalised=False)),
@@ -50,7 +50,10 @@ def parties() -> list[Party]:
 @pytest.fixture(scope="module")
 def federation(parties: list[Party]) -> Callable[..., Federation]:
     def build(
-        algorithm: str = "fedgc", push: Push | None = None, defense: Defense | None = None, probing: Probing | None = None
+        algorithm: str = "fedgc",
+        push: Push | None = None,
+        defense: Defense | None = None,
+        probing: Probing | None = None,
     ) -> Federation:
         schedule = Schedule(
             rounds=3, local_epochs=1, batch_size=4, lr=0.05, head_lr_factor=2.0, momentum=0.9, weight_decay=1e-3,
