@@ -40,7 +40,8 @@ def procrustes(rows: Array, people: Array) -> Array:
     """(d, d) Q that brings rows (m, d) nearest to people (m, d) as rows @ Q: U Vᵀ of rowsᵀ people. Directions of which fewer
     than d pairs say nothing are left out, so that Q is orthogonal on the span of what is known and zero beyond it."""
     U, S, Vt = np.linalg.svd(rows.T @ people)
-    r = int(np.count_nonzero(max(RANK * S[0], 1e-300) < S))
+    least = max(RANK * float(S[0]), 1e-300)
+    r = int(np.count_nonzero(least < S))
     return U[:, :r] @ Vt[:r]
 
 

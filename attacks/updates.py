@@ -93,7 +93,7 @@ def illegible(observation: Observation) -> str | None:
 def unreadable(observation: Observation, forward: bool = False) -> str | None:
     """Why the updates of this observation cannot be read through the head's rows, or None. forward: reading puts the rows behind
     the backbone."""
-    if forward and turned(observation.public_constants):
+    if forward and turned(observation.public_constants) and any(HEAD in u.delta for u in targets(observation)):
         return (
             "puts class embeddings behind the backbone, and under blinded-correction they come turned by a rotation that the "
             f"seat '{observation.threat}' does not know"

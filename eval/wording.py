@@ -24,6 +24,7 @@ GRANTS = {
     "probes": "Rows that the attacker chose and uploaded in place of its class embeddings",
     "suspects": "Photos of people some of whom were trained on, by other photos (given to the attack that asks for it)",
     "candidates": "The photos behind an update, among decoys; which they are is not told (given to the attack that asks for it)",
+    "acquaintances": "Whose some of the class embeddings are (given to the attack that asks for it, and left out of its figures)",
 }
 ATTACKS = {
     "label-inference": "Which classes the photos behind an update belong to, read from the head's gradient.",

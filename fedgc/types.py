@@ -201,9 +201,7 @@ class Observation:
     normalisation_statistics: Tensors | None = None  # of BatchNorm layers of the released model
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
     suspects: Gallery | None = None  # people some of whom were trained on, by other photos than those
-    acquaintances: Mapping[int, int] | None = (
-        None  # person of the gallery behind a class, where the attacker knows it beforehand
-    )
+    acquaintances: Mapping[int, int] | None = None  # person of the gallery behind a class, where it is known beforehand
     auxiliary_people: Tensor | None = None  # a number for the person of each auxiliary face; comes with them
 
     @property

@@ -11,8 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from attacks.alignment import matched_grams, procrustes, unit, wasserstein_procrustes
+from attacks.backbone_algebra import recover
 from attacks.embedding_recovery import EmbeddingRecovery
 from attacks.gradient_inversion import GradientInversion
+from attacks.head_algebra import embedding_of_one, head_rows
 from attacks.identity_linkage import IdentityLinkage, person_embeddings
 from attacks.label_inference import LabelInference
 from defenses.blinded_correction import BlindedCorrection, rotation
@@ -160,6 +162,22 @@ def test_photos_of_a_batch_are_told_apart_by_the_backbone_alone(world) -> None:
     assert found[0].shape == found[1].shape == (4, 32)
     nearest = (found[0] @ found[1].T).max(dim=1).values
     assert float(nearest.min()) > 0.999
+
+
+def test_single_photo_steps_are_pairs_that_give_the_rotation_away(world) -> None:
+    """The backbone gives a photo's feature in the clear, the head's rows give it turned: no photo or person need be known."""
+    R = rotation(32, clients_secret(1))  # the noise key of these federations
+    plain, blind = [], []
+    observation = world("fedgc", defense=BLIND).seen_by("server")
+    for update in observation.client_updates:
+        rows = head_rows(update, observation.public_constants)
+        found = recover(update, observation.public_constants)
+        plain.append(found.unit_embeddings[0])
+        blind.append(embedding_of_one(rows, int(found.labels[0])))
+    pairs = torch.stack(blind), torch.stack(plain)
+    torch.testing.assert_close(pairs[0], pairs[1] @ R, rtol=0, atol=1e-3)
+    Q = torch.from_numpy(procrustes(*(p.numpy() for p in pairs)))
+    torch.testing.assert_close(pairs[0] @ Q, pairs[1], rtol=0, atol=1e-3)
 
 
 def test_methods_that_put_rows_behind_the_backbone_are_refused_and_say_why(world) -> None:

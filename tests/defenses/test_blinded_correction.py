@@ -23,7 +23,7 @@ from fedgc.types import HEAD, ModelSpec, State
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 KEY = 7
-TOLERANCE = 2e-5  # of three rounds in float32
+TOLERANCE = 2e-6  # of three rounds in float32, which were seen to differ by 2e-7
 PUSHES = {
     "normalised": ("fedgc", Push(weight=3.0)),
     "raw": ("fedgc", Push(weight=3.0, normalised=False)),
