@@ -86,8 +86,8 @@ LEDGER = (
     ),
     (
         "DP-aware",
-        "Only candidate-match models the clipping and noise of a defense. The other attacks do not, so that small leakage "
-        "under noise is a lower bound only in their rows.",
+        "Candidate-match and gradient-inversion model the clipping and noise of dp-sgd. The other attacks, and all under other "
+        "defenses, do not, so that small leakage under noise is a lower bound only in their rows.",
     ),
     (
         "Judge",
