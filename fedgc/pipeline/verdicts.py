@@ -202,7 +202,7 @@ def _each(gallery: Gallery) -> int:
 def pictures(folder: Path, entry: Entry) -> tuple[Tensor, list[int], Tensor | None] | None:
     """What an attack returned as pictures (n, 3, H, W), the class of each, and the photos behind recorded steps in the same
     order; None where it returned none."""
-    if entry["batch_size"] is not None:  # of recorded steps
+    if entry.get("batch_size") is not None:  # of recorded steps
         file = folder / "pictures.safetensors"
         if not file.exists():
             return None
