@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedgc.models import embed
+from fedgc.models import as_bytes, embed
 
 RIDGES = np.logspace(-4, 3, 15)
 
@@ -25,11 +25,7 @@ def adapter(source: Tensor, target: Tensor) -> Tensor:
     return torch.from_numpy(fit.coef_.T.copy()).float()
 
 
-def as_photos(faces: Tensor) -> Tensor:
-    return (faces * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def adapted(source: nn.Module, target: nn.Module, faces: Tensor) -> Tensor:
     """The adapter between two backbones, fitted on faces float32 (N, 3, S, S)."""
-    photos = as_photos(faces)
+    photos = as_bytes(faces)
     return adapter(embed(source, photos), embed(target, photos))

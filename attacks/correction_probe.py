@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.identity_linkage import person_scores
+from fedgc.models import load_backbone
 from fedgc.probing import answer_of
 from fedgc.types import Attack, Observation, Progress, Reconstruction
 
@@ -49,7 +50,13 @@ class CorrectionProbe(Attack):
         """embeddings: float32 (n, d), entry i from the row of the client's own class ``sources[i]``; scores: (n, G)."""
         assert observation.correction is not None
         guesses = strangers_seen(observation).detach().cpu().float()
-        known = observation.gallery is not None and observation.global_model is not None
-        scores = person_scores(observation, guesses) if known else None
+        scores = self._scores(observation, guesses)
         progress(1, 1)
         return Reconstruction(tuple(observation.correction.classes), embeddings=guesses, scores=scores)
+
+    @staticmethod
+    def _scores(observation: Observation, guesses: Tensor) -> Tensor | None:
+        model, gallery = observation.global_model, observation.gallery
+        if model is None or gallery is None:
+            return None
+        return person_scores(load_backbone(observation.public_constants.spec, model), gallery, guesses)

@@ -13,9 +13,9 @@ from torch import Tensor
 from attacks.adapters import adapted
 from attacks.alignment import aligned_scores
 from attacks.embedding_recovery import EmbeddingRecovery
-from attacks.shadows import shadows, strangers
+from attacks.shadows import shadows, too_few
 from attacks.updates import targets
-from fedgc.models import embed, load_backbone
+from fedgc.models import as_bytes, embed, load_backbone
 from fedgc.types import HEAD, Attack, Gallery, Observation, Progress, Reconstruction, Tensors
 
 _GALLERY = frozenset({"global-model", "gallery"})
@@ -23,16 +23,14 @@ _GALLERY = frozenset({"global-model", "gallery"})
 
 def person_embeddings(backbone: torch.nn.Module, gallery: Gallery) -> Tensor:
     """Unit mean feature of each person of the gallery: float32 (G, d)."""
-    features = embed(backbone, (gallery.images * 255).round().clamp(0, 255).to(torch.uint8))
+    features = embed(backbone, as_bytes(gallery.images))
     sums = torch.zeros(gallery.size, features.shape[1]).index_add_(0, gallery.people.cpu(), features)
     return F.normalize(sums, dim=1)
 
 
-def person_scores(observation: Observation, embeddings: Tensor) -> Tensor:
-    """(n, G) cosine of embeddings (n, d) with the people of the gallery, whose features the released model gives."""
-    assert observation.global_model is not None and observation.gallery is not None  # noqa: PT018
-    backbone = load_backbone(observation.public_constants.spec, observation.global_model)
-    return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, observation.gallery).T
+def person_scores(backbone: torch.nn.Module, gallery: Gallery, embeddings: Tensor) -> Tensor:
+    """(n, G) cosine of embeddings (n, d) with the people of the gallery in the features of a backbone."""
+    return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
 
 
 class IdentityLinkage(Attack):
@@ -86,9 +84,8 @@ class IdentityLinkage(Attack):
         return why
 
     def unsuitable(self, observation: Observation) -> str | None:
-        faces, people = observation.auxiliary_faces, observation.auxiliary_people
-        if self.through == "adapter" and (faces is None or people is None or strangers(faces, people) is None):
-            return "needs eight strangers or more of three photos each, told apart, to train a recogniser of its own on"
+        if self.through == "adapter" and (why := too_few(observation, "a recogniser of its own")) is not None:
+            return why
         rows, acquaintances = observation.class_embeddings, observation.acquaintances
         if self.known and rows is not None and acquaintances is not None:
             held = len(set(rows.classes) & set(acquaintances))
@@ -148,7 +145,7 @@ class IdentityLinkage(Attack):
         backbone, gallery = load_backbone(observation.public_constants.spec, model), observation.gallery
         assert gallery is not None
         if self.through == "own":
-            return F.normalize(embeddings, dim=1) @ person_embeddings(backbone, gallery).T
+            return person_scores(backbone, gallery, embeddings)
         if self.through == "alignment":
             gallery_people, held = person_embeddings(backbone, gallery), observation.class_embeddings
             assert held is not None
@@ -160,5 +157,4 @@ class IdentityLinkage(Attack):
         assert faces is not None and people is not None  # noqa: PT018
         (own,) = shadows(faces, people, observation.public_constants, 1, self.epochs, progress)
         other = own.backbone
-        mapped = F.normalize(embeddings, dim=1) @ adapted(backbone, other, faces)
-        return F.normalize(mapped, dim=1) @ person_embeddings(other, gallery).T
+        return person_scores(other, gallery, F.normalize(embeddings, dim=1) @ adapted(backbone, other, faces))

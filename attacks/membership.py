@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from attacks.shadows import Shadow, Strangers, shadows, strangers
+from attacks.shadows import Shadow, Strangers, shadows, strangers, too_few
 from fedgc.models import load_backbone
 from fedgc.types import Attack, Gallery, Observation, Progress, Reconstruction
 
@@ -62,10 +62,7 @@ class MembershipInference(Attack):
     summary: ClassVar[str] = "tells who was trained on, by other photos of them"
 
     def unsuitable(self, observation: Observation) -> str | None:
-        faces, people = observation.auxiliary_faces, observation.auxiliary_people
-        if faces is None or people is None or strangers(faces, people) is None:
-            return "needs eight strangers or more of three photos each, told apart, to train shadow models on"
-        return None
+        return too_few(observation, "shadow models")
 
     def run(self, observation: Observation, generator: torch.Generator, progress: Progress) -> Reconstruction:
         """scores: float32 (2, P), row 0 of the released model and row 1 of a control, a shadow in its place that knows nobody of

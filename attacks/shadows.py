@@ -17,11 +17,12 @@ from attacks.priors import Faces
 from fedgc.doors import ClientPlan, Defense
 from fedgc.heads import CosineHead, initial_rows
 from fedgc.local import epoch_batches, load_tensors, train_locally
-from fedgc.models import FaceModel, build_backbone
+from fedgc.models import FaceModel, as_bytes, build_backbone
 from fedgc.rng import generator
-from fedgc.types import HEAD, Gallery, LocalConstants, Progress
+from fedgc.types import HEAD, Gallery, LocalConstants, Observation, Progress
 
 FEWEST = 3  # photos of a stranger of whom some are trained on and others looked at
+PEOPLE = 8  # at least
 LOOKED_AT = 3  # at most, as of a suspect
 LR, BATCH, MOMENTUM = 0.05, 32, 0.9
 
@@ -45,8 +46,17 @@ class Shadow:
     members: Tensor
 
 
+def too_few(observation: Observation, what: str) -> str | None:
+    """Why the strangers of an observation cannot teach ``what``, or None; nothing is computed but how many photos each has."""
+    faces, people = observation.auxiliary_faces, observation.auxiliary_people
+    each = people.unique(return_counts=True)[1] if faces is not None and people is not None else torch.zeros(0)
+    if int((each >= FEWEST).sum()) >= PEOPLE:
+        return None
+    return f"needs eight strangers or more of three photos each, told apart, to train {what} on"
+
+
 def strangers(faces: Tensor, people: Tensor) -> Strangers | None:
-    """Photos dealt to training and looking; None where fewer than eight people have ``FEWEST`` photos."""
+    """Photos dealt to training and looking; None where fewer than ``PEOPLE`` people have ``FEWEST`` photos."""
     to_train, of, to_see, seen = [], [], [], []
     number = 0
     for person in people.unique().tolist():
@@ -59,10 +69,11 @@ def strangers(faces: Tensor, people: Tensor) -> Strangers | None:
         seen.append(torch.full((looked,), number))
         of.append(torch.full((len(index) - looked,), number))
         number += 1
-    if number < 8:
+    if number < PEOPLE:
         return None
-    photos = (faces * 255).round().clamp(0, 255).to(torch.uint8)
-    return Strangers(photos[torch.cat(to_train)], torch.cat(of), Gallery(faces[torch.cat(to_see)], torch.cat(seen)))
+    return Strangers(
+        as_bytes(faces[torch.cat(to_train)]), torch.cat(of), Gallery(faces[torch.cat(to_see)], torch.cat(seen))
+    )
 
 
 def halves(people: int, models: int, draw: torch.Generator) -> Tensor:

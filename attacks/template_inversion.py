@@ -7,6 +7,7 @@ renders it at once (Mai et al. 2018); a search then brings the backbone's featur
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -94,7 +95,8 @@ class TemplateInversion(Attack):
         images = faces.mean(0).expand(len(units), *faces.shape[1:]).contiguous()
         if bool(known.any()):
             images[known] = self.rendered(network, faces, units[known], generator, progress)
-        guesses = strangers_seen(observation).detach().cpu().float() if self.source == "correction" else None
+        rows = self.rows(observation)
+        guesses = rows.weight[: self.classes] if self.source == "correction" and rows is not None else None
         loss = 1 - (network.all_features(images) * units).sum(1)
         searched = self.iterations * int(known.sum()) if self.method in ("both", "optimisation") else 0
         failed = int((~known).sum())
@@ -113,19 +115,21 @@ class TemplateInversion(Attack):
         self, observation: Observation, network: Network, generator: torch.Generator
     ) -> tuple[tuple[int, ...], Tensor]:
         """Source of each target, and the unit feature (n, d) that its image is to have; zero where none was found."""
-        rows, faces = observation.class_embeddings, observation.auxiliary_faces
-        if self.source == "correction":
-            assert observation.correction is not None
-            rows = ClassEmbeddings(strangers_seen(observation), observation.correction.classes)
         if self.source == "face-embeddings":
             found = EmbeddingRecovery()(observation, generator)
             assert found.embeddings is not None
             return found.sources, found.embeddings
+        rows, faces = self.rows(observation), observation.auxiliary_faces
         assert rows is not None and faces is not None  # noqa: PT018
         middle = network.all_features(faces.detach().cpu().float()).mean(0)
-        return rows.classes[: self.classes], as_features(rows.weight.detach().cpu().float(), middle, self.shift)[
-            : self.classes
-        ]
+        return rows.classes[: self.classes], as_features(rows.weight, middle, self.shift)[: self.classes]
+
+    def rows(self, observation: Observation) -> ClassEmbeddings | None:
+        """Class embeddings to make faces of: those that the seat holds, or those that it reads from the correction."""
+        rows, correction = observation.class_embeddings, observation.correction
+        if self.source == "correction" and correction is not None:
+            rows = ClassEmbeddings(strangers_seen(observation), correction.classes)
+        return None if rows is None else replace(rows, weight=rows.weight.detach().cpu().float())
 
     def rendered(
         self, network: Network, faces: Tensor, units: Tensor, generator: torch.Generator, progress: Progress

@@ -132,3 +132,19 @@ def pld_version() -> str | None:
         return metadata.version("dp-accounting")
     except metadata.PackageNotFoundError:
         return None
+
+
+def require_target(defense: str, epsilon: float | None, noise_multiplier: float | None) -> None:
+    """Raises ValueError where neither says how much noise there is to be."""
+    if epsilon is None and noise_multiplier is None:
+        raise ValueError(f"{defense} needs defense.epsilon (a target) or defense.noise_multiplier")
+
+
+def accountant(quick: bool) -> str:
+    import opacus
+
+    return f"{'rdp' if quick else 'prv'} (opacus {opacus.__version__})"
+
+
+def randomness(seed: int | None) -> str:
+    return "research-grade (torch generators)" + (", from a known seed" if seed is not None else "")

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from defenses.accounting import epsilon_of, noise_for
+from defenses.accounting import accountant, epsilon_of, noise_for, randomness, require_target
 from defenses.whole_update import clipped, noised, refuse_running_statistics
 from fedgc.doors import ClientPlan, Defense, Scheme
 from fedgc.errors import UsageError
@@ -46,8 +46,7 @@ class ClientDP(Defense):
 
     @model_validator(mode="after")
     def _target_or_noise(self) -> Self:
-        if self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError("client-dp needs defense.epsilon (a target) or defense.noise_multiplier")
+        require_target(self.name, self.epsilon, self.noise_multiplier)
         return self
 
     def check_scheme(self, scheme: Scheme) -> None:
@@ -90,8 +89,6 @@ class ClientDP(Defense):
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV."""
-        import opacus
-
         histories: dict[int, Counter[float]] = {}
         for charge in ledger:
             histories.setdefault(charge.client, Counter())[charge.noise_multiplier] += charge.steps
@@ -100,7 +97,7 @@ class ClientDP(Defense):
         central = self.noise == "central"
         return {
             "epsilon": worst, "delta": self.delta, "unit": self.unit,
-            "accountant": f"{'rdp' if quick else 'prv'} (opacus {opacus.__version__})",
+            "accountant": accountant(quick),
             "noise_multiplier": self.noise_multiplier, "max_grad_norm": self.max_grad_norm,
             "adjacency": "zero-out",  # one client's update against zeros; its weight stays
             "sampling": "no", "sample_rate": 1.0, "steps": max((sum(h.values()) for h in histories.values()), default=0),
@@ -111,5 +108,5 @@ class ClientDP(Defense):
             "the choice of settings, and the recorded single steps, which exist to be attacked",
             "view": "another client or whoever holds a released model; the server is trusted with the clipped updates" if central
             else "the server, which sees every noised update of every round; whoever sees less is covered too",
-            "randomness": "research-grade (torch generators)" + (", from a known seed" if self.noise_seed is not None else ""),
+            "randomness": randomness(self.noise_seed),
         }  # fmt: skip

@@ -18,7 +18,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from defenses.accounting import History, epsilon_of, merged, noise_for, pld_epsilon, pld_version, profile, undominated
+from defenses.accounting import (
+    History,
+    accountant,
+    epsilon_of,
+    merged,
+    noise_for,
+    pld_epsilon,
+    pld_version,
+    profile,
+    randomness,
+    require_target,
+    undominated,
+)
 from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
 from fedgc.rng import on_device
@@ -48,8 +60,7 @@ class DPSGD(Defense):
 
     @model_validator(mode="after")
     def _target_or_noise(self) -> Self:
-        if self.epsilon is None and self.noise_multiplier is None:
-            raise ValueError("dp-sgd needs defense.epsilon (a target) or defense.noise_multiplier")
+        require_target(self.name, self.epsilon, self.noise_multiplier)
         return self
 
     def prepared(self, clients: Sequence[ClientPlan]) -> DPSGD:
@@ -148,8 +159,6 @@ class DPSGD(Defense):
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV, with the figure
         of another library (PLD) beside it, and what the same run promises to a person with all photos."""
-        import opacus
-
         histories: dict[int, History] = defaultdict(list)
         for charge in ledger:
             histories[charge.client].append((charge.noise_multiplier, charge.sample_rate, charge.steps))
@@ -160,7 +169,7 @@ class DPSGD(Defense):
         rate = max((q for h in runs.values() for _, q, _ in h), default=0.0)
         return {
             "epsilon": worst, "delta": self.delta, "unit": self.unit,
-            "accountant": f"{'rdp' if quick else 'prv'} (opacus {opacus.__version__})",
+            "accountant": accountant(quick),
             **({} if quick else self._second_opinion(runs, photos)),
             "noise_multiplier": self.noise_multiplier, "max_grad_norm": self.max_grad_norm, "adjacency": "add-remove",
             "sampling": "poisson", "sample_rate": rate, "steps": steps, "target_epsilon": self.epsilon,
@@ -169,7 +178,7 @@ class DPSGD(Defense):
             "outside": "photo counts, which classes exist, loss and utility figures, the choice of settings, and the recorded "
             "single steps, which exist to be attacked",
             "clipping": "each photo" if self.unit == "image" else f"a person's mean of {self.photos_per_person} photos or fewer",
-            "randomness": "research-grade (torch generators)" + (", from a known seed" if self.noise_seed is not None else ""),
+            "randomness": randomness(self.noise_seed),
         }  # fmt: skip
 
     def _second_opinion(self, runs: Mapping[int, History], photos: Mapping[int, int]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from eval.pairs import unit
 from eval.statistics import Floats
 from fedgc.errors import UsageError, WorkFailedError
-from fedgc.models import embed
+from fedgc.models import as_bytes, embed
 
 CHIP = 150  # pixels of a side that dlib's network takes
 DLIB_WEIGHTS = "dlib_face_recognition_resnet_model_v1.dat"
@@ -70,7 +70,7 @@ def in_bytes(photos: Tensor) -> Tensor:
         raise UsageError(f"pictures must be floating point (n, 3, H, W), got {photos.dtype} {tuple(photos.shape)}")
     if not bool(photos.isfinite().all()):
         raise UsageError("a picture holds NaN or infinity: replace what is missing by grey first")
-    return (photos.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+    return as_bytes(photos.detach().cpu())
 
 
 def framed(photos: Tensor, framing: Framing, side: int) -> Tensor:

@@ -18,9 +18,9 @@ from eval.statistics import (
     Ints,
     Measured,
     identity_weights,
+    measured_rate,
     percentile_interval,
     rate,
-    rate_interval,
     weight_blocks,
 )
 from fedgc.errors import UsageError
@@ -72,8 +72,8 @@ def _verification_rates(
     whole = test.curve()
     note = f"indicative: {n} identities" if n < _FEW else None
     result = {
-        "auc": _rate(float(whole.auc()[0]), auc, n, chance=0.5, note=note),
-        "eer": _rate(float(whole.eer()[0]), eer, n, chance=0.5, note=note),
+        "auc": measured_rate(float(whole.auc()[0]), auc, n, chance=0.5, note=note),
+        "eer": measured_rate(float(whole.eer()[0]), eer, n, chance=0.5, note=note),
     }
     for column, target in enumerate(FAR_TARGETS):
         verdicts = support(target, calib.identities, "calibration"), support(target, n, "test")
@@ -83,7 +83,7 @@ def _verification_rates(
             continue
         note = "; ".join(remark for _, remark in verdicts if remark) or None
         value, far = 1 - test.fnmr(limit[column]), test.fmr(limit[column])
-        result[_tar_name(target)] = _rate(value, tars[column], n, chance=target, note=note, far=far)
+        result[_tar_name(target)] = measured_rate(value, tars[column], n, chance=target, note=note, far=far)
     return result
 
 
@@ -104,7 +104,7 @@ def closed_set_rank1(embeddings: Array, labels: ArrayLike, *, draws: int = DRAWS
     shares = np.bincount(index, weights=hit) / np.bincount(index)
     n = len(looked_for)
     samples = identity_weights(n, draws, rng) @ shares / n
-    return _rate(float(shares.mean()), samples, n, chance=chance)
+    return measured_rate(float(shares.mean()), samples, n, chance=chance)
 
 
 def rank_k(queries: Array, gallery: Array, truth: ArrayLike) -> Ints:
@@ -170,7 +170,7 @@ def linkage_auc(
     samples = []
     for weights in weight_blocks(n, draws, rng, width=n):
         samples.append(((weights @ total) * weights).sum(axis=1) / (weights @ sizes) ** 2)
-    return _rate(float(beats.mean()), np.concatenate(samples), n, chance=0.5)
+    return measured_rate(float(beats.mean()), np.concatenate(samples), n, chance=0.5)
 
 
 def paired_auc_difference(
@@ -200,14 +200,6 @@ def _claim_scores(queries: Array, gallery: Array, truth: ArrayLike) -> tuple[Flo
         raise UsageError(f"truth must hold one row of the gallery (0..{len(templates) - 1}) for each query")
     failed: NDArray[np.bool_] = np.logical_not(np.isfinite(query).all(axis=1))
     return cosine(unit(np.where(failed[:, None], 0.0, query)), templates), mate.astype(np.int64), failed
-
-
-def _rate(
-    value: float, samples: Floats, n: int, *, chance: float, note: str | None = None, far: float | None = None
-) -> Measured:
-    rounded = float(np.round(value, 12))  # a sum of shares that should be exactly 0 or 1 is
-    low, high = rate_interval(rounded, samples, n)
-    return Measured(rounded, max(0.0, low), min(1.0, high), n, chance=chance, note=note, far=far)
 
 
 def _tar_name(target: float) -> str:

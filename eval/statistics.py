@@ -121,6 +121,15 @@ def rate_interval(value: float, draws: ArrayLike, n: int) -> tuple[float, float]
     return low, high
 
 
+def measured_rate(
+    value: float, samples: ArrayLike, n: int, *, chance: float, note: str | None = None, far: float | None = None
+) -> Measured:
+    """A rate of n identities, made of shares, with `rate_interval` of its draws, inside [0, 1]."""
+    rounded = float(np.round(value, 12))  # a sum of shares that should be exactly 0 or 1 is
+    low, high = rate_interval(rounded, samples, n)
+    return Measured(rounded, max(0.0, low), min(1.0, high), n, chance=chance, note=note, far=far)
+
+
 def bootstrap_mean(
     values: ArrayLike, clusters: ArrayLike | None = None, *, draws: int = DRAWS, rng: np.random.Generator
 ) -> Measured:

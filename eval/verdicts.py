@@ -25,8 +25,8 @@ from eval.statistics import (
     bootstrap_mean,
     clopper_pearson,
     identity_weights,
+    measured_rate,
     percentile_interval,
-    rate_interval,
 )
 
 FMRS = (0.01, 0.001)
@@ -98,9 +98,10 @@ def judge_gate(embeddings: Array, people: ArrayLike, *, draws: int = DRAWS, rng:
     share = scores.impostor_share[scores.impostor_pair]
     mean = float(np.average(scores.impostor, weights=share))
     spread = float(np.sqrt(np.average((scores.impostor - mean) ** 2, weights=share)))
-    return JudgeGate(
-        _rate(whole.auc()[0], auc, n, 0.5), _rate(whole.eer()[0], eer, n, 0.5), tar, points, mean, spread, n, scores.images
-    )  # fmt: skip
+    accuracy, error = (
+        measured_rate(float(x[0]), d, n, chance=0.5) for x, d in ((whole.auc(), auc), (whole.eer(), eer))
+    )
+    return JudgeGate(accuracy, error, tar, points, mean, spread, n, scores.images)
 
 
 def _point(scores: PairScores, target: float, threshold: float, draws: Floats) -> OperatingPoint:
@@ -117,13 +118,7 @@ def _tar(scores: PairScores, threshold: Measured, target: float, samples: Floats
     if threshold.value is None:
         return Measured.unsupported(str(threshold.why), threshold.n, target)
     value = 1 - scores.fnmr(threshold.value)
-    return replace(_rate(value, samples, threshold.n, target), note=threshold.note, far=threshold.far)
-
-
-def _rate(value: float, samples: Floats, n: int, chance: float) -> Measured:
-    rounded = float(np.round(value, 12))
-    low, high = rate_interval(rounded, samples, n)
-    return Measured(rounded, max(0.0, low), min(1.0, high), n, chance=chance)
+    return measured_rate(value, samples, threshold.n, chance=target, note=threshold.note, far=threshold.far)
 
 
 @dataclass(frozen=True)
@@ -226,7 +221,7 @@ def accepted(panel: Panel, point: OperatingPoint, fmr: float, rng: np.random.Gen
     cluster = person_index(panel.people)
     weights = identity_weights(n, len(drawn), rng)[:, cluster]
     samples = (weights * drawn).sum(axis=1) / weights.sum(axis=1)
-    measured = _rate(float(shares.mean()), samples, n, fmr)
+    measured = measured_rate(float(shares.mean()), samples, n, chance=fmr)
     if n == len(shares) and _whole(shares):  # independent trials: few of them need the exact interval
         exact = clopper_pearson(int(shares.sum()), n)
         assert exact.low is not None

@@ -112,6 +112,11 @@ def state_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """uint8 photos for images in [0, 1], to the nearest level; what lies beyond is cut off."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 @torch.no_grad()
 def embed(backbone: nn.Module, photos: Tensor, batch: int = 256) -> Tensor:
     """Unit features of uint8 photos (N, 3, S, S) -> float32 (N, d) on the CPU; mean of the photo and its mirror image."""

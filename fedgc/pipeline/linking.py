@@ -15,7 +15,7 @@ from eval.linkage import score_linkage
 from eval.probes import Read, score_probe
 from eval.scoring import Scores
 from eval.template_faces import score_faces
-from fedgc.models import embed, load_backbone
+from fedgc.models import as_bytes, embed, load_backbone
 from fedgc.pipeline.blinding import as_clients_read
 from fedgc.pipeline.working import SEAT
 from fedgc.rng import generator
@@ -62,7 +62,7 @@ def _faces(
     assert observation.global_model is not None
     assert owned.gallery is not None and owned.auxiliary_faces is not None  # noqa: PT018
     backbone = load_backbone(observation.public_constants.spec, observation.global_model)
-    looks = lambda images: embed(backbone, (images * 255).round().clamp(0, 255).to(torch.uint8))  # noqa: E731
+    looks = lambda images: embed(backbone, as_bytes(images))  # noqa: E731
     of_classes = dict(zip(classes, rows, strict=True))
     return score_faces(found, mates, owned.gallery, owned.auxiliary_faces, of_classes, looks, rng)
 
