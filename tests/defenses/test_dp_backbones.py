@@ -40,6 +40,7 @@ def looped(model: FaceModel, spec: ModelSpec, x: Tensor, labels: Tensor) -> list
     return [p.detach() - LR * t / PHOTOS for p, t in zip(parameters, total, strict=True)]
 
 
+@pytest.mark.parametrize("mode", ["bookkeeping", "hooks"])
 @pytest.mark.parametrize(
     ("backbone", "norm"),
     [
@@ -51,9 +52,9 @@ def looped(model: FaceModel, spec: ModelSpec, x: Tensor, labels: Tensor) -> list
         pytest.param("iresnet18", "frozen", marks=pytest.mark.slow),
     ],
 )
-def test_a_private_step_is_the_mean_of_clipped_gradients(backbone: str, norm: Norm) -> None:
+def test_a_private_step_is_the_mean_of_clipped_gradients(backbone: str, norm: Norm, mode: str) -> None:
     model, spec = made(backbone, norm)
-    defense = DPSGD(noise_multiplier=NOISE, max_grad_norm=CLIP)
+    defense = DPSGD(noise_multiplier=NOISE, max_grad_norm=CLIP, mode=mode)
     defense.check_module(model)
     x = torch.rand(PHOTOS, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(PHOTOS)

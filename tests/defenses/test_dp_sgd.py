@@ -30,6 +30,7 @@ from fedgc.victims import victims
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 CLASSES = 5
+both_modes = pytest.mark.parametrize("mode", ["bookkeeping", "hooks"])
 CONSTANTS = LocalConstants(SPEC, 0.1, 2.0, 0.0, 0.0, None, 4, None, False)
 
 
@@ -80,7 +81,7 @@ def test_hooks_agree_with_a_loop_over_photos(batch: int, margin: str, dtype: tor
     for i in range(batch):
         value = heads.loss(model(x[i : i + 1]), labels[i : i + 1], spec)
         expected.append(torch.autograd.grad(value, list(model.parameters())))
-    with session(model, DPSGD(noise_multiplier=1.0), batch):
+    with session(model, DPSGD(noise_multiplier=1.0, mode="hooks"), batch):
         heads.loss(model(x), labels, spec).backward()
         for (name, p), alone in zip(model.named_parameters(), zip(*expected, strict=True), strict=True):
             tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-11, "rtol": 1e-9}
@@ -89,25 +90,31 @@ def test_hooks_agree_with_a_loop_over_photos(batch: int, margin: str, dtype: tor
             )
 
 
-def test_an_empty_batch_has_no_gradient_and_is_noised_all_the_same() -> None:
+@both_modes
+def test_an_empty_batch_has_no_gradient_and_is_noised_all_the_same(mode: str) -> None:
     model, spec = face_model()
     before = copy.deepcopy(model.state_dict())
-    with session(model, DPSGD(noise_multiplier=1.0), 4) as opened:
+    with session(model, DPSGD(noise_multiplier=1.0, mode=mode), 4) as opened:
         opened.optimizer.zero_grad()
         heads.loss(model(torch.zeros(0, 3, 32, 32)), torch.zeros(0, dtype=torch.long), spec).backward()
-        assert all(len(p.grad_sample) == 0 for p in model.parameters())
+        opened.optimizer.clip_and_accumulate()
+        assert all(not p.summed_grad.any() for p in model.parameters())
+        opened.optimizer.zero_grad()
+        heads.loss(model(torch.zeros(0, 3, 32, 32)), torch.zeros(0, dtype=torch.long), spec).backward()
         opened.optimizer.step()
     assert all((p - before[name]).norm() > 0 for name, p in model.named_parameters())
 
 
-def test_nothing_stays_behind_on_the_network() -> None:
+@both_modes
+def test_nothing_stays_behind_on_the_network(mode: str) -> None:
     model, spec = face_model()
     photos, labels = faces(3)
-    with session(model, DPSGD(noise_multiplier=1.0), 3) as opened:
+    with session(model, DPSGD(noise_multiplier=1.0, mode=mode), 3) as opened:
         heads.loss(model(photos / 255), labels, spec).backward()
         opened.optimizer.step()
     assert all(p.grad is None for p in model.parameters())
-    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
     heads.loss(model(photos / 255), labels, spec).backward()
     assert all(getattr(p, "grad_sample", None) is None for p in model.parameters())
 
@@ -115,29 +122,31 @@ def test_nothing_stays_behind_on_the_network() -> None:
 # -- sensitivity and clipping
 
 
-def clipped_sum(model: FaceModel, spec: ModelSpec, photos: Tensor, labels: Tensor, bound: float) -> Tensor:
+def clipped_sum(model: FaceModel, spec: ModelSpec, photos: Tensor, labels: Tensor, bound: float, mode: str) -> Tensor:
     """Sum of the clipped gradients that the session's optimiser forms before noise: (all parameters,)."""
-    with session(model, DPSGD(noise_multiplier=1.0, max_grad_norm=bound), 4) as opened:
+    with session(model, DPSGD(noise_multiplier=1.0, max_grad_norm=bound, mode=mode), 4) as opened:
         opened.optimizer.zero_grad()
         heads.loss(model(photos / 255), labels, spec).backward()
         opened.optimizer.clip_and_accumulate()
         return torch.cat([p.summed_grad.flatten() for p in model.parameters()])
 
 
+@both_modes
 @pytest.mark.parametrize("bound", [0.01, 1.0, 1e4])
-def test_a_photo_moves_the_sum_by_at_most_the_clipping_norm(bound: float) -> None:
+def test_a_photo_moves_the_sum_by_at_most_the_clipping_norm(bound: float, mode: str) -> None:
     model, spec = face_model(dtype=torch.float64)
     photos, labels = faces(8)
-    whole = clipped_sum(model, spec, photos.double(), labels, bound)
+    whole = clipped_sum(model, spec, photos.double(), labels, bound, mode)
     for i in range(8):
         kept = [j for j in range(8) if j != i]
-        moved = float((whole - clipped_sum(model, spec, photos[kept].double(), labels[kept], bound)).norm())
+        moved = float((whole - clipped_sum(model, spec, photos[kept].double(), labels[kept], bound, mode)).norm())
         assert 0 < moved <= bound * (1 + 1e-6)
         if bound == 0.01:  # every photo's gradient is longer than that
             assert moved == pytest.approx(bound, rel=1e-3)
 
 
-def test_the_whole_vector_is_clipped_as_one() -> None:
+@both_modes
+def test_the_whole_vector_is_clipped_as_one(mode: str) -> None:
     """Sum of g min(1, C/|g|) over photos, with |g| over backbone and head together."""
     model, spec = face_model(dtype=torch.float64)
     photos, labels = faces(4)
@@ -146,7 +155,7 @@ def test_the_whole_vector_is_clipped_as_one() -> None:
         value = heads.loss(model(x[i : i + 1]), labels[i : i + 1], spec)
         g = torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))])
         expected = expected + g * min(1.0, bound / float(g.norm()))
-    found = clipped_sum(model, spec, photos.double(), labels, bound)
+    found = clipped_sum(model, spec, photos.double(), labels, bound, mode)
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-7)
 
 
@@ -464,7 +473,7 @@ def test_the_large_backbone_trains_under_dp() -> None:
     DPSGD(noise_multiplier=1.0).check_module(model)
     x, labels = torch.rand(2, 3, 80, 80, generator=torch.Generator().manual_seed(0)), torch.arange(2)
     alone = torch.autograd.grad(heads.loss(model(x[:1]), labels[:1], spec), list(model.parameters()))
-    with session(model, DPSGD(noise_multiplier=1.0), 2):
+    with session(model, DPSGD(noise_multiplier=1.0, mode="hooks"), 2):
         heads.loss(model(x), labels, spec).backward()
         for p, expected in zip(model.parameters(), alone, strict=True):
             difference = float((p.grad_sample[0] - expected).norm())

@@ -22,6 +22,7 @@ from fedgc.types import Charge, ModelSpec
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 PEOPLE = torch.tensor([0, 1, 1, 2, 2, 2])
 SILENT = 1e-15  # noise multiplier
+both_modes = pytest.mark.parametrize("mode", ["bookkeeping", "hooks"])
 
 
 def drawn(name: int) -> torch.Generator:
@@ -80,28 +81,31 @@ def photos() -> torch.Tensor:
     return torch.rand(6, 3, 32, 32, generator=drawn(2), dtype=torch.float64)
 
 
+@both_modes
 @pytest.mark.parametrize("clip", [0.05, 100.0])
-def test_the_mean_gradient_of_each_person_is_clipped(clip: float) -> None:
-    defense = DPSGD(noise_multiplier=SILENT, max_grad_norm=clip, unit="identity")
+def test_the_mean_gradient_of_each_person_is_clipped(clip: float, mode: str) -> None:
+    defense = DPSGD(noise_multiplier=SILENT, max_grad_norm=clip, unit="identity", mode=mode)
     found, dropped = one_step(face_model(), defense, photos())
     for name, gradient in expected(photos(), clip).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-9)
     assert dropped == 0
 
 
+@both_modes
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_dropped_before_clipping(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_is_dropped_before_clipping(bad: float, mode: str) -> None:
     x = photos()
     x[4, 0, 3, 3] = bad
-    found, dropped = one_step(face_model(), DPSGD(noise_multiplier=SILENT, unit="identity"), x)
+    found, dropped = one_step(face_model(), DPSGD(noise_multiplier=SILENT, unit="identity", mode=mode), x)
     assert dropped == 1
     for name, gradient in expected(photos(), 1.0, left_out=(4,)).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-9)
 
 
-def test_one_person_moves_the_sum_by_no_more_than_the_clipping_norm() -> None:
+@both_modes
+def test_one_person_moves_the_sum_by_no_more_than_the_clipping_norm(mode: str) -> None:
     """Sensitivity, however many photos the person has and whatever they show."""
-    defense = DPSGD(noise_multiplier=SILENT, max_grad_norm=0.5, unit="identity")
+    defense = DPSGD(noise_multiplier=SILENT, max_grad_norm=0.5, unit="identity", mode=mode)
     one, two = photos(), photos()
     two[3:] = torch.randn(3, 3, 32, 32, generator=drawn(9), dtype=torch.float64) * 1e3
     a, b = (one_step(face_model(), defense, x)[0] for x in (one, two))

@@ -1,0 +1,177 @@
+"""Every defense at three strengths, under FedAvg and FedGC, on a folder of faces: its cost, and the best attack of each seat.
+
+Every arm is an ordinary run directory in --out, made with one thread (a finished one is found, an unfinished one resumed), from
+configs/faces.toml with twelve rounds and the settings of the arm. Attackers know the defense. Printed for each arm: utility, and
+for each seat the best of what was tried on photos of a recorded step, on people and on membership. The best is chosen by its
+outcome, which favours the attacker. Arms with `probing` have a client that departs from the protocol, and are read from its seat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgc.config import Config, load_config
+from fedgc.errors import FedgcError
+from fedgc.pipeline.attacking import attack
+from fedgc.pipeline.training import train
+
+CONFIG = Path(__file__).parent.parent / "configs" / "faces.toml"
+SHORT = ["federation.rounds=12", "record.rounds=last", "record.batch_sizes=[1]", "record.victims=8"]
+PROBED = ["probing.rounds=8", "record.victims=0", "record.clients=1"]
+SEARCH = ("gradient-inversion.iterations=150", "gradient-inversion.polish=false")
+CHANGES = ("identity-linkage.source=class-embedding-changes",)
+FEATURES = ("identity-linkage.source=face-embeddings",)
+Tried = tuple[str, str, tuple[str, ...], int]  # attack, seat, settings, targets
+USUAL: tuple[Tried, ...] = (
+    ("label-inference", "server", (), 8),
+    ("gradient-inversion", "server", SEARCH, 8),
+    ("candidate-match", "server", (), 8),
+    ("identity-linkage", "server", (), 0),
+    ("identity-linkage", "server", CHANGES, 0),
+    ("identity-linkage", "server", FEATURES, 0),
+    ("membership-inference", "server", (), 0),
+    ("gradient-inversion", "client", SEARCH, 1),
+    ("candidate-match", "client", (), 8),
+    ("identity-linkage", "client", (), 0),
+    ("identity-linkage", "client", CHANGES, 0),
+    ("correction-probe", "client", (), 0),
+    ("membership-inference", "client", (), 0),
+    ("identity-linkage", "outsider", (), 0),
+    ("membership-inference", "outsider", (), 0),
+)
+ALIGNED: tuple[Tried, ...] = tuple(
+    ("identity-linkage", "server", ("identity-linkage.through=alignment", f"identity-linkage.known={known}"), 0)
+    for known in (0, 16, 64)
+)
+PROBE: tuple[Tried, ...] = (("correction-probe", "probing-client", (), 0),)
+MEASURES = {  # what a seat is compared by: metric -> what it is called
+    "psnr_gain": "photo rebuilt, dB over the mean face", "rank1": "named or found at rank 1", "auc": "membership or linkage AUC",
+    "label_accuracy": "labels", "reached": "probes within 0.9", "strangers_reached": "strangers reached",
+}  # fmt: skip
+
+
+def strengths(name: str, key: str, values: tuple[float, ...], *more: str) -> dict[str, list[str]]:
+    return {f"{name}, {key} {v:g}": [f"defense.name={name}", f"defense.{key}={v:g}", *more] for v in values}
+
+
+PEOPLE = {  # by person, and by photo: the same names of arms would hide the unit
+    key.replace("dp-sgd", "dp-sgd by person"): settings
+    for key, settings in strengths("dp-sgd", "epsilon", (300, 50, 8), "defense.unit=identity").items()
+}
+EVERYWHERE: dict[str, list[str]] = {
+    "none": [],
+    **strengths("dp-sgd", "epsilon", (300, 50, 8)),
+    **PEOPLE,
+    **strengths("client-dp", "epsilon", (300, 50, 8)),
+    **strengths("clip-only", "max_grad_norm", (0.5, 0.1, 0.02)),
+    **strengths("pruning", "keep", (0.3, 0.1, 0.01)),
+    **strengths("quantization", "bits", (8, 4, 1)),
+    "secure-aggregation": ["defense.name=secure-aggregation"],
+}
+CORRECTED: dict[str, list[str]] = {
+    **strengths("embedding-noise", "scale", (0.5, 1, 2)),
+    **strengths("correction-noise", "noise", (1, 3, 10), "defense.clip=0.01"),
+    **strengths("row-step-bound", "bound", (0.2, 0.1, 0.03)),
+    "blinded-correction": ["defense.name=blinded-correction"],
+}
+
+
+def arms(algorithms: list[str]) -> Iterator[tuple[str, str, bool, list[str]]]:
+    """(algorithm, defense, whether a client probes, settings)"""
+    for algorithm in algorithms:
+        for name, settings in {**EVERYWHERE, **(CORRECTED if algorithm == "fedgc" else {})}.items():
+            yield algorithm, name, False, settings
+    if "fedgc" in algorithms:
+        for name, settings in {**EVERYWHERE, **CORRECTED}.items():
+            yield "fedgc", name, True, [*settings, *PROBED]
+
+
+def tried(name: str, probing: bool) -> tuple[Tried, ...]:
+    if probing:
+        return PROBE
+    if name == "secure-aggregation":  # the server's chair is the one that sees sums
+        return tuple((a, "server-secagg" if seat == "server" else seat, s, n) for a, seat, s, n in USUAL)
+    return USUAL + (ALIGNED if name == "blinded-correction" else ())
+
+
+def attacked(out: Path, jobs: tuple[Tried, ...]) -> list[dict[str, Any]]:
+    """One entry for each attack: its metrics and baselines, or why it was refused."""
+    found = []
+    for name, seat, settings, targets in jobs:
+        try:
+            entries = attack(out, [name], [seat], settings=list(settings), targets=targets or None, force=True)
+        except FedgcError as error:
+            found.append({"attack": name, "seat": seat, "settings": settings, "refused": str(error)})
+            continue
+        for e in entries:
+            kept = {m: e["metrics"][m] for m in MEASURES if m in e["metrics"]}
+            found.append({"attack": name, "seat": seat, "settings": settings, "refused": e["refused"], "metrics": kept,
+                          "seconds": e["seconds"]})  # fmt: skip
+    return found
+
+
+def row_of(config: Config, out: Path, about: dict[str, Any], jobs: tuple[Tried, ...]) -> dict[str, Any]:
+    started = time.monotonic()
+    done = train(config, out, resume=True)
+    return {**about, "utility": done["utility"]["auc"], "untrained": done["baselines"]["untrained"]["auc"],
+            "public-only": done["baselines"]["public-only"]["auc"], "privacy": done["privacy"],
+            "attacks": attacked(out, jobs), "seconds": time.monotonic() - started}  # fmt: skip
+
+
+def best(row: dict[str, Any]) -> Iterator[str]:
+    """For each seat, the highest value of every measure, with its interval and whose it is."""
+    for seat in dict.fromkeys(a["seat"] for a in row["attacks"]):
+        for measure in MEASURES:
+            rivals = [
+                (a["metrics"][measure], a) for a in row["attacks"]
+                if a["seat"] == seat and (a.get("metrics") or {}).get(measure, {}).get("value") is not None
+            ]  # fmt: skip
+            if not rivals:
+                continue
+            m, a = max(rivals, key=lambda pair: pair[0]["value"])
+            how = " ".join(s.partition(".")[2] for s in a["settings"] if "iterations" not in s and "polish" not in s)
+            yield f"  {seat:<15} {measure:<18} {m['value']:7.3f} [{m['low']:.3f}, {m['high']:.3f}]  {a['attack']} {how}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("faces", help="a folder with one sub-folder of photos a person")
+    parser.add_argument("--out", type=Path, default=Path("runs/defenses"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--algorithms", nargs="+", default=["fedgc", "fedavg"], choices=["fedgc", "fedavg"])
+    parser.add_argument("--only", nargs="+", metavar="DEFENSE", help="arms whose name begins with one of these")
+    parser.add_argument("--probing", choices=["also", "only", "not"], default="also")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for algorithm, name, probing, settings in arms(options.algorithms):
+        if options.only and not name.startswith(tuple(options.only)):
+            continue
+        if options.probing == ("not" if probing else "only"):
+            continue
+        flags = {"data.source": options.faces, "federation.algorithm": algorithm, "seed": options.seed}
+        config = load_config(CONFIG, settings=[*SHORT, *settings, *options.settings], flags=flags)
+        about = {"algorithm": algorithm, "defense": name, "probing": probing, "seed": options.seed}
+        label = f"{algorithm} {name}{' probing' if probing else ''}".replace(",", "").replace(" ", "-")
+        out = options.out / label
+        record = options.out / f"{label}.json"
+        if record.exists():
+            row = json.loads(record.read_text())
+        else:
+            row = row_of(config, out, about, tried(name, probing))
+            record.write_text(json.dumps(row, indent=1) + "\n")
+        auc = row["utility"]
+        spent = f", epsilon {row['privacy']['epsilon']:.2f} for one {row['privacy']['unit']}" if row["privacy"] else ""
+        print(f"{label}: AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]{spent} ({row['seconds']:.0f} s)")
+        print("\n".join(best(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
