@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -19,6 +17,7 @@ from time import perf_counter
 
 import torch
 
+from benchmarks import memory
 from fedgc import heads
 from fedgc.config import Config, load_config
 from fedgc.federation import Federation, Party
@@ -78,7 +77,7 @@ def peak(algorithm: str, clients: int, batch: int) -> float:
     """MB of a process that trains one round, libraries included."""
     keep_freed_memory()
     played(federation(prepare(config(algorithm, clients, batch))))()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform.startswith("linux") else 2**20)
+    return memory.peak()
 
 
 def in_a_fresh_process(algorithm: str, clients: int, batch: int) -> float:

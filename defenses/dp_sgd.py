@@ -151,6 +151,7 @@ class DPSGD(Defense):
         from opacus.grad_sample import GradSampleHooks
 
         from defenses.bookkeeping import Book, BookKeepingOptimizer
+        from defenses.cosine_samplers import register_cosine_head
         from defenses.layer_gradients import unknown_layers
         from defenses.per_unit import UnitOptimizer
 
@@ -165,7 +166,7 @@ class DPSGD(Defense):
             finally:
                 book.close()
             return
-        _register_cosine_head()
+        register_cosine_head()
         module.to(memory_format=torch.contiguous_format)
         hooks = GradSampleHooks(module, loss_reduction="mean")
         try:
@@ -239,19 +240,3 @@ def photos_of_people(
     for batch in batches:
         drawn = [photos[i][torch.randperm(len(photos[i]), generator=generator)[:most]] for i in batch.tolist()]
         yield torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.long)
-
-
-def _register_cosine_head() -> None:
-    """Per-sample gradient of `CosineHead` in closed form: (g_bj / |w_j|) (e_b - c_bj w_j/|w_j|), with g = dL/dc."""
-    import torch.nn.functional as F
-    from opacus.grad_sample import register_grad_sampler
-
-    from fedgc.heads import CosineHead
-
-    def sampler(layer: CosineHead, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-        e, rows = F.normalize(activations[0], dim=1), F.normalize(layer.weight, dim=1)
-        g = backprops / layer.weight.norm(dim=1)
-        pull = torch.einsum("bc,bd->bcd", g, e)
-        return {layer.weight: pull - (g * (e @ rows.T))[:, :, None] * rows}
-
-    register_grad_sampler(CosineHead)(sampler)
