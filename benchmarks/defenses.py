@@ -144,10 +144,12 @@ def best(row: dict[str, Any]) -> Iterator[str]:
     """For each seat, the highest value of every measure, with its interval and whose it is."""
     for seat in dict.fromkeys(a["seat"] for a in row["attacks"]):
         for what, (metric, names) in WHAT.items():
-            rivals = [(a["metrics"][metric], a) for a in row["attacks"]
-                      if a["seat"] == seat and a["attack"] in names and a.get("metrics", {}).get(metric, {}).get("value") is not None]  # fmt: skip
-            if rivals:
-                m, a = max(rivals, key=lambda pair: pair[0]["value"])
+            mine = [a for a in row["attacks"] if a["seat"] == seat and a["attack"] in names]
+            found = [
+                (a["metrics"][metric], a) for a in mine if a.get("metrics", {}).get(metric, {}).get("value") is not None
+            ]
+            if found:
+                m, a = max(found, key=lambda pair: pair[0]["value"])
                 how = " ".join(s.partition(".")[2] for s in a["settings"] if not s.startswith("gradient-inversion"))
                 yield f"  {seat:<15} {what:<18} {m['value']:7.3f} [{m['low']:.3f}, {m['high']:.3f}]  {a['attack']} {how}"
 
