@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from defenses.layer_gradients import RULES, Part, Units, unknown_layers
+from defenses.layer_gradients import RULES, Part, Units, trains, unknown_layers
 from defenses.per_unit import UnitOptimizer
 from fedgc.errors import UsageError
 
@@ -28,7 +28,7 @@ class Book:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.inputs: dict[nn.Module, Tensor] = {}
         self.gradients: dict[nn.Module, Tensor] = {}
-        layers = [m for m in module.modules() if type(m) in RULES]
+        layers = [m for m in module.modules() if trains(m)]
         self._handles = [
             module.register_forward_pre_hook(lambda *_: self._ask_gradients(False)),
             module.register_forward_hook(lambda *_: self._ask_gradients(True), always_call=True),

@@ -190,8 +190,12 @@ RULES: dict[type[nn.Module], Callable[..., list[Part]]] = {
 }  # fmt: skip
 
 
+def trains(layer: nn.Module) -> bool:
+    return any(p.requires_grad for p in layer.parameters(recurse=False))
+
+
 def unknown_layers(module: nn.Module) -> list[str]:
-    """Layers with parameters of their own for which there is no rule."""
-    owners = ((name, m) for name, m in module.named_modules() if any(True for _ in m.parameters(recurse=False)))
+    """Layers that train parameters of their own and for which there is no rule."""
+    owners = ((name, m) for name, m in module.named_modules() if trains(m))
     return [name for name, m in owners if type(m) not in RULES or isinstance(getattr(m, "padding", 0), str)
             or getattr(m, "padding_mode", "zeros") != "zeros"]  # fmt: skip

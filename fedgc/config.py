@@ -45,16 +45,22 @@ class Data(Section):
 
 
 class Model(Section):
-    """init: weights to start from: a finished run, a checkpoint, or weights that others publish; their SHA-256 beside it."""
+    """init: weights to start from: a finished run, a checkpoint, or weights that others publish; their SHA-256 beside it.
+    trained: what of the backbone training moves: everything, or its last linear layer with the norm behind it."""
 
     backbone: Literal["small", "mobilefacenet", "iresnet18", "iresnet50", "inception-resnet-v1"] = "small"
     embedding_size: int = Field(default=128, ge=8, le=4096)
     norm: Norm = "group"
     init: str | None = Field(default=None, min_length=1)
     init_sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    trained: Literal["all", "last"] = "all"
 
     @model_validator(mode="after")
     def _frozen_needs_weights(self) -> Self:
+        if self.trained == "last" and (self.init is None or self.norm == "batch"):
+            raise ValueError(
+                "trained = last keeps all other layers as public weights left them: set model.init, and norm = group or frozen"
+            )
         if self.norm == "frozen" and self.init is None:
             raise ValueError("norm = frozen keeps BatchNorm as public weights left it: set model.init, or norm = group")
         return self

@@ -20,7 +20,7 @@ from fedgc.errors import UsageError
 from fedgc.heads import CosineHead, initial_rows
 from fedgc.inbox import Inbox, Where
 from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
-from fedgc.models import FaceModel, build_backbone, state_tensors
+from fedgc.models import FaceModel, build_backbone, state_tensors, train_last_layer_only
 from fedgc.probing import Probes, Probing, next_probes, require_answers
 from fedgc.rng import generator, on_device
 from fedgc.schedule import Party, Schedule
@@ -48,7 +48,8 @@ class RoundResult:
 @dataclass
 class Federation:
     """Parties, scheme and defense, with one resident model that every client trains in turn. initial: `backbone.*` tensors to
-    start from in place of random ones. probing: what one client does in place of the protocol, if any does."""
+    start from in place of random ones. probing: what one client does in place of the protocol, if any does. last_layer_only:
+    whether clients train no more of the backbone than its last layer."""
 
     algorithm: Algorithm
     spec: ModelSpec
@@ -60,14 +61,18 @@ class Federation:
     device: torch.device
     initial: Tensors | None = None
     probing: Probing | None = None
+    last_layer_only: bool = False
 
     def __post_init__(self) -> None:
         self.backbone = self._fresh().to(
             memory_format=torch.channels_last
         )  # the faster layout for convolutions on a CPU
         self.owners = tuple(p.client for p in self.parties for _ in p.classes)
-        held = self.backbone.named_buffers() if self.spec.norm == "frozen" else ()
-        self.constant = frozenset(BACKBONE + name for name, _ in held)  # what no client trains and no defense changes
+        if self.last_layer_only:
+            train_last_layer_only(self.backbone)
+        held = [name for name, p in self.backbone.named_parameters() if not p.requires_grad]
+        held += [name for name, _ in self.backbone.named_buffers()] if self.spec.norm == "frozen" else []
+        self.constant = frozenset(BACKBONE + name for name in held)  # what no client trains, or sends
         self.defense.check_scheme(self.scheme)
         if self.probing is not None:
             require_answers(self.algorithm, len(self.parties))
@@ -246,7 +251,10 @@ class Federation:
         delta = got.aggregate()
         carried = {name: decay * tensor for name, tensor in state.momentum.items()}
         momentum = {name: tensor + carried[name] if carried else tensor for name, tensor in delta.items()}
-        backbone = {name: tensor + rate * momentum[name] for name, tensor in state.backbone.items()}
+        backbone = {
+            name: tensor + rate * momentum[name] if name in momentum else tensor.clone()
+            for name, tensor in state.backbone.items()
+        }
         if self.algorithm.head == "shared":
             W = W + rate * momentum[HEAD]
         owner, draw = owner_tensor(self.owners, W.device), generator(self.seed, "negatives", *where)

@@ -23,8 +23,8 @@ Where = tuple[int | str, ...]  # names a round or a recorded step among the rand
 
 @dataclass
 class Inbox:
-    """Updates are added up as they arrive, in one accumulator. constant: names of tensors that no client trains; examples: photos
-    of each client of this round; keep: whose messages are kept for the record.
+    """Updates are added up as they arrive, in one accumulator. constant: names of tensors that no client trains, or sends;
+    examples: photos of each client of this round; keep: whose messages are kept for the record.
 
     rows: (C, d) what the server holds of class embeddings, with those that have arrived; kept: as clients keep them at home, if
     other than those; updates, own: what is kept of messages (see `Transcript`).
@@ -56,7 +56,8 @@ class Inbox:
         """What one client uploads; private class embeddings stay at home. probes: of a client that uploads them, in whole rounds,
         in place of its class embeddings."""
         k, head = party.client, self.algorithm.head
-        sent = self._outgoing(k, backbone_part(result.delta) if head == "private" else result.delta)
+        delta = {name: tensor for name, tensor in result.delta.items() if name not in self.constant}
+        sent = self._outgoing(k, backbone_part(delta) if head == "private" else delta)
         if head == "private":
             self.rows[list(party.classes)] += result.delta[HEAD]
         elif head == "stacked":
@@ -73,14 +74,8 @@ class Inbox:
         return generator(self.noise_key, door, *self.where, *more)
 
     def _outgoing(self, k: int, tensors: Tensors) -> dict[str, Tensor]:
-        moving, still = self._parted(tensors)
-        update = ClientUpdate(k, moving, self.examples[k])
-        return {**self.defense.outgoing(update, self._stream("outgoing", k)).tensors, **still}
-
-    def _parted(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        """The tensors that training moves, which a defense may change, and those that are held constant."""
-        still = {name: tensor for name, tensor in tensors.items() if name in self.constant}
-        return {name: tensor for name, tensor in tensors.items() if name not in still}, still
+        update = ClientUpdate(k, tensors, self.examples[k])
+        return dict(self.defense.outgoing(update, self._stream("outgoing", k)).tensors)
 
     def _stack(self, party: Party, change: Tensor, trained: Tensor, probes: Probes | None) -> Tensor:
         """Put what one client uploads as its class embeddings in their place, and return how far the server lets them move.
@@ -131,8 +126,7 @@ class Inbox:
     def aggregate(self) -> Tensors:
         """The mean as the defense lets it out."""
         largest = max(self.examples.values()) / sum(self.examples.values())
-        moving, still = self._parted(self.total)
-        return {**self.defense.aggregated(moving, largest, self._stream("aggregated")), **still}
+        return self.defense.aggregated(self.total, largest, self._stream("aggregated"))
 
     def answered(self, W: Tensor) -> dict[str, Tensor]:
         """Class embeddings that clients keep at home, changed as the server, which now holds ``W``, changed those that they

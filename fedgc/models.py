@@ -87,6 +87,15 @@ def build_backbone(spec: ModelSpec, seed: int) -> nn.Module:
     return backbone
 
 
+def train_last_layer_only(backbone: nn.Module) -> None:
+    """Hold every parameter constant but those of the last linear layer and of the norm behind it."""
+    layers = list(backbone.modules())
+    last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
+    backbone.requires_grad_(False)
+    for layer in layers[last:]:
+        layer.requires_grad_(True)
+
+
 def load_backbone(spec: ModelSpec, tensors: Tensors) -> nn.Module:
     """The backbone of a message, in evaluation mode, on the CPU, in the precision of its tensors. Names begin with
     ``BACKBONE``; others are passed over. Integer counters are never sent and keep their initial value. Raises RunError where

@@ -82,7 +82,7 @@ def federation(setting: Setting, initial: Tensors | None = None) -> Federation:
     return Federation(
         ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(), setting.parties,
         config.defense, config.seed, secrets.randbits(256), setting.device,
-        initial, config.plan_of_probing(),
+        initial, config.plan_of_probing(), config.model.trained == "last",
     )  # fmt: skip
 
 
