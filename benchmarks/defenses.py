@@ -25,20 +25,18 @@ from fedgc.pipeline.training import train
 CONFIG = Path(__file__).parent.parent / "configs" / "faces.toml"
 SHORT = ["federation.rounds=12", "record.rounds=last", "record.batch_sizes=[1]", "record.victims=8"]
 PROBED = ["probing.rounds=8", "record.victims=0", "record.clients=1"]
-SEARCH = ("gradient-inversion.iterations=300", "gradient-inversion.polish=false")
-QUICK = ("gradient-inversion.compiled=true", *SEARCH)  # one photo; graphs of more gain nothing
+SEARCH = ("gradient-inversion.iterations=300", "gradient-inversion.polish=false", "gradient-inversion.compiled=false")
 CHANGES = ("identity-linkage.source=embedding-changes",)
 FEATURES = ("identity-linkage.source=face-embeddings",)
 Tried = tuple[str, str, tuple[str, ...], int]  # attack, seat, settings, targets
 USUAL: tuple[Tried, ...] = (
     ("label-inference", "server", (), 8),
-    ("gradient-inversion", "server", QUICK, 8),
+    ("gradient-inversion", "server", SEARCH, 4),
     ("candidate-match", "server", (), 8),
     ("identity-linkage", "server", (), 0),
     ("identity-linkage", "server", CHANGES, 0),
     ("identity-linkage", "server", FEATURES, 0),
     ("membership-inference", "server", (), 0),
-    ("gradient-inversion", "client", SEARCH, 1),
     ("candidate-match", "client", (), 8),
     ("identity-linkage", "client", (), 0),
     ("identity-linkage", "client", CHANGES, 0),

@@ -1,8 +1,8 @@
 """Images per second and memory of private training: the ways of clipping that dp-sgd offers, Opacus as it comes, no privacy.
 
 Every step is one batch through the same network: forward, backward, clipped, noised, taken. All ways take turns in one process;
-figures are the least processor time of all turns. Opacus "as it comes" does not know the cosine head and falls back to functorch for it.
-Memory is what a process of its own needs beyond its imports, at most.
+figures are the least processor time of all turns. Opacus "as it comes" does not know the cosine head and falls back to functorch
+for it. Memory is what a process of its own needs beyond its imports, at most.
 """
 
 from __future__ import annotations
