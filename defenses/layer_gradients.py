@@ -155,11 +155,17 @@ def _bias(layer: nn.Conv2d | nn.Linear, g: Tensor, units: Units) -> list[Part]:
 
 
 def of_group_norm(layer: nn.GroupNorm, x: Tensor, g: Tensor, units: Units) -> list[Part]:
+    """As with grouped convolutions: a batch is one photo with as many more channels and groups."""
     if not layer.affine:
         return []
-    product = g * F.group_norm(x, layer.num_groups, eps=layer.eps)
-    scale, shift = (t.reshape(len(t), t.shape[1], -1).sum(dim=2) for t in (product, g))
-    return [formed(layer.weight, units.mean(scale)), formed(layer.bias, units.mean(shift))]
+    count, channels, places, groups = len(x), x.shape[1], x[0, 0].numel(), layer.num_groups
+    x, g = x.contiguous(), g.contiguous()
+    _, mean, rstd = torch.native_group_norm(x, None, None, count, channels, places, groups, layer.eps)
+    _, scale, shift = torch.ops.aten.native_group_norm_backward(
+        g.view(1, -1, places), x.view(1, -1, places), mean.view(1, -1), rstd.view(1, -1), None,
+        1, count * channels, places, count * groups, [False, True, True],
+    )  # fmt: skip
+    return [formed(p, units.mean(t.view(count, channels))) for p, t in ((layer.weight, scale), (layer.bias, shift))]
 
 
 def of_prelu(layer: nn.PReLU, x: Tensor, g: Tensor, units: Units) -> list[Part]:
