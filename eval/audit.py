@@ -144,7 +144,9 @@ def _thresholded(
     seen = np.unique(np.concatenate([inside, outside]))
     thresholds = np.concatenate([(seen[1:] + seen[:-1]) / 2, [np.inf]])
     hits, alarms = (len(s) - np.searchsorted(s, thresholds, side="left") for s in (inside, outside))
-    strength = _strength(_rates(len(inside), REPORTED)[0][hits], _rates(len(outside), REPORTED)[1][alarms], delta, method)
+    # at a high confidence, which thresholds at which hardly anything was seen do not win by luck
+    true, false = _rates(len(inside), FLAGGED)[0][hits], _rates(len(outside), FLAGGED)[1][alarms]
+    strength = _strength(true, false, delta, method)
     best = int(strength.argmax())
     return float(strength[best]), PresenceTest(name, weights, float(thresholds[best]))
 
