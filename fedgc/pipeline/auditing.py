@@ -6,16 +6,17 @@ a threshold, on half of the runs, and is counted on the other half.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from itertools import count, pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from defenses.client_dp import ClientDP
 from defenses.dp_sgd import DPSGD
-from eval.audit import FLAGGED, REPORTED, LowerBound, Method, choose_test, discriminant, lower_bound
+from eval.audit import FLAGGED, REPORTED, LowerBound, Method, PresenceTest, choose_test, discriminant, lower_bound
 from fedgc.algorithms import ALGORITHMS, Algorithm
 from fedgc.config import Config
 from fedgc.doors import Defense
@@ -25,7 +26,16 @@ from fedgc.pipeline.worlds import Canary, Floats, LocalTraining, Released, Whole
 from fedgc.rng import stream_seed
 
 RUNS, ROUNDS, FEWEST = 1000, 2, 20
-Statistics = Sequence[tuple[str, Floats]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the best of the tests that were tried shows on the counted runs. flagged: the bound that is held against the claim."""
+
+    canary: Canary
+    test: PresenceTest
+    reported: LowerBound
+    flagged: LowerBound
 
 
 def audit(
@@ -45,31 +55,38 @@ def audit(
     epsilon is one of what is played here. Raises UsageError where the defense promises nothing.
     """
     if runs < FEWEST or rounds < 1 or not 0 < rate <= 1:
-        raise UsageError(f"an audit needs {FEWEST} runs, one round and a rate in (0, 1], got {runs}, {rounds} and {rate:g}")
+        what = f"{FEWEST} runs or more, a round or more and a rate in (0, 1]"
+        raise UsageError(f"an audit needs {what}, got {runs}, {rounds} and {rate:g}")
     worlds = _worlds(defense, rounds, rate, algorithm, seed)
     claim = worlds.defense.spent(worlds.charges)
     assert claim is not None
-    delta = float(claim["delta"])
     method: Method = "gaussian" if all(c.sample_rate == 1 for c in worlds.charges) else "clopper-pearson"
-    half = runs // 2
-    total, done = (1 + len(worlds.canaries)) * half + 2 * (runs - half), iter(range(1, 10**9))
-    step = lambda: watch("auditing", next(done), total)  # noqa: E731
-    play = partial(_play, worlds, seed, step)
-    absent = play(None, 0, half)
-    tried = {canary: play(canary, 0, half) for canary in worlds.canaries}
-    chosen = {c: choose_test(p, absent, list(_statistics(worlds, p, absent)), delta, method) for c, p in tried.items()}
-    on_first = {c: _count(chosen[c], tried[c], absent, delta, method, REPORTED) for c in tried}
-    canary = max(on_first, key=lambda c: (on_first[c].value, on_first[c].true_positive - on_first[c].false_positive))
-    present, absent = play(canary, half, runs), play(None, half, runs)
-    reported, flagged = (_count(chosen[canary], present, absent, delta, method, c) for c in (REPORTED, FLAGGED))
+    found = _attack(worlds, runs, seed, float(claim["delta"]), method, watch)
+    said = ("unit", "delta", "accountant", "adjacency", "sample_rate")
     return {
-        "defense": worlds.defense.card(), "unit": claim["unit"], "claimed": claim["epsilon"], "delta": delta,
-        "accountant": claim["accountant"], "adjacency": claim["adjacency"], "sample_rate": claim["sample_rate"],
-        "rounds": rounds, "runs": runs, "method": method, "canary": canary, "statistic": chosen[canary].name,
-        "epsilon_lower_bound": _document(reported), "flagged": _document(flagged),
-        "exceeded": flagged.value > claim["epsilon"],
-        "verdict": _verdict(claim["epsilon"], reported, flagged, canary, chosen[canary].name),
+        "defense": worlds.defense.card(), "claimed": claim["epsilon"], **{key: claim[key] for key in said},
+        "rounds": rounds, "runs": runs, "method": method, "canary": found.canary, "statistic": found.test.name,
+        "epsilon_lower_bound": _document(found.reported), "flagged": _document(found.flagged),
+        "exceeded": found.flagged.value > claim["epsilon"], "verdict": _verdict(claim["epsilon"], found),
     }  # fmt: skip
+
+
+def _attack(worlds: Worlds, runs: int, seed: int, delta: float, method: Method, watch: Watch) -> Found:
+    """Try every canary and statistic on the first half of the runs, and count the best of them on the second."""
+    half, done = runs // 2, count(1)
+    total = (1 + len(worlds.canaries)) * half + 2 * (runs - half)
+    play = partial(_play, worlds, seed, lambda: watch("auditing", next(done), total))
+    absent, chosen = play(None, 0, half), {}
+    for canary in worlds.canaries:
+        present = play(canary, 0, half)
+        test = choose_test(present, absent, list(_statistics(worlds, present, absent)), delta, method)
+        bound = _count(test, present, absent, delta, method, REPORTED)
+        chosen[canary] = (bound.value, bound.true_positive - bound.false_positive, test)
+    canary = max(chosen, key=lambda c: chosen[c][:2])
+    test = chosen[canary][-1]
+    present, absent = play(canary, half, runs), play(None, half, runs)
+    reported, flagged = (_count(test, present, absent, delta, method, c) for c in (REPORTED, FLAGGED))
+    return Found(canary, test, reported, flagged)
 
 
 def audit_config(config: Config, runs: int = RUNS, watch: Watch = silent) -> dict[str, Any]:
@@ -96,7 +113,7 @@ def _worlds(
 # -- what the attacker looks at
 
 
-def _play(worlds: Worlds, seed: int, step: Any, canary: Canary | None, first: int, last: int) -> Floats:
+def _play(worlds: Worlds, seed: int, step: Callable[[], None], canary: Canary | None, first: int, last: int) -> Floats:
     """What the attacker reads in runs first..last - 1 of one world: (n, F)."""
     read = []
     for number in range(first, last):
@@ -106,13 +123,24 @@ def _play(worlds: Worlds, seed: int, step: Any, canary: Canary | None, first: in
     return np.stack(read)
 
 
-def _columns(worlds: Worlds) -> list[tuple[str, int, int, str]]:
-    """What each feature is: (kind, round, round of the canary's gradient, block), in the order of `_features`."""
+class Column(NamedTuple):
+    """One feature. gradient: the round whose canary's gradient it is along; the same round for other kinds."""
+
+    kind: Literal["along", "length", "alike", "failed"]
+    round: int
+    gradient: int
+    block: str
+
+
+def _columns(worlds: Worlds) -> list[Column]:
+    """In the order of `_features`."""
     rounds = range(len(worlds.directions))
-    columns = [("along", r, s, block) for r in rounds for s in rounds for block in worlds.blocks]
-    columns += [("length", r, r, block) for r in rounds for block in worlds.blocks]
-    columns += [("alike", r, s, "") for r, s in pairwise(rounds)]
-    return [*columns, ("failed", 0, 0, "")]
+    return [
+        *(Column("along", r, s, block) for r in rounds for s in rounds for block in worlds.blocks),
+        *(Column("length", r, r, block) for r in rounds for block in worlds.blocks),
+        *(Column("alike", r, r, "") for r in rounds[1:]),
+        Column("failed", 0, 0, ""),
+    ]
 
 
 def _features(worlds: Worlds, released: Released) -> Floats:
@@ -123,36 +151,48 @@ def _features(worlds: Worlds, released: Released) -> Floats:
     if failed:
         return np.array([*[0.0] * (len(_columns(worlds)) - 1), failed])
     parts = [(worlds.directions[:, part], [release[part] for release in arrived]) for part in worlds.blocks.values()]
-    along = np.array([[gradients @ release for release in releases] for gradients, releases in parts])  # block, round, round
-    length = np.array([[np.linalg.norm(release) for release in releases] for _, releases in parts])  # block, round
+    # (blocks, rounds, rounds) and (blocks, rounds)
+    along = np.array([[gradients @ release for release in releases] for gradients, releases in parts])
+    length = np.array([[np.linalg.norm(release) for release in releases] for _, releases in parts])
     whole = [np.linalg.norm(release) for release in arrived]
     alike = [a @ b / max(m * n, 1e-300) for (a, m), (b, n) in pairwise(zip(arrived, whole, strict=True))]
     return np.concatenate([along.transpose(1, 2, 0).ravel(), length.T.ravel(), alike, [0.0]])
 
 
 def _statistics(worlds: Worlds, present: Floats, absent: Floats) -> Iterator[tuple[str, Floats]]:
-    """All that are tried, as weights of the features; the discriminant is learned from these runs."""
+    """All that are tried, as weights of the features (F,); the last is learned from these runs."""
     columns = _columns(worlds)
-    total = lambda holds: np.array([float(holds(*column)) for column in columns])  # noqa: E731
-    failed = total(lambda kind, *_: kind == "failed")
-    yield from (("rounds that failed", sign * failed) for sign in (1, -1))
-    yield "updates along the canary's gradient", total(lambda kind, r, s, _: kind == "along" and r == s)
+    of = partial(_sum, columns)
+    for sign in (1, -1):
+        yield "rounds that failed", sign * of("failed")
+    yield "updates along the canary's gradient", of("along")
     for block in worlds.blocks:
-        yield f"{block} along the canary's gradient", total(lambda k, r, s, b, at=block: k == "along" and r == s and b == at)
-        longer = total(lambda k, r, s, b, at=block: k == "length" and b == at)
-        yield from ((f"length of the updates of {block}", sign * longer) for sign in (1, -1))
+        yield f"{block} along the canary's gradient", of("along", block=block)
     for r in range(len(worlds.directions)):
-        yield f"round {r + 1} along the canary's gradient", total(lambda k, a, s, _, at=r: k == "along" and a == s == at)
-    alike = total(lambda kind, *_: kind == "alike")
-    yield from (("how alike consecutive rounds are", sign * alike) for sign in (1, -1) if alike.any())
-    along = [n for n, (kind, *_) in enumerate(columns) if kind == "along"]
+        yield f"round {r + 1} along the canary's gradient", of("along", round=r)
+    for sign in (1, -1):
+        yield from ((f"length of the updates of {block}", sign * of("length", block=block)) for block in worlds.blocks)
+        yield "how alike consecutive rounds are", sign * of("alike")
+    along = [n for n, column in enumerate(columns) if column.kind == "along"]
     yield "a combination of rounds and blocks", discriminant(present, absent, along)
+
+
+def _sum(columns: Sequence[Column], kind: str, round: int | None = None, block: str | None = None) -> Floats:
+    """Weights that add up the features of a kind, each round's along the canary's gradient in that round."""
+    return np.array(
+        [
+            float(c.kind == kind and c.gradient == c.round and round in (None, c.round) and block in (None, c.block))
+            for c in columns
+        ]
+    )
 
 
 # -- what is said of it
 
 
-def _count(test: Any, present: Floats, absent: Floats, delta: float, method: Method, confidence: float) -> LowerBound:
+def _count(
+    test: PresenceTest, present: Floats, absent: Floats, delta: float, method: Method, confidence: float
+) -> LowerBound:
     return lower_bound(test.positives(present), test.positives(absent), len(present), delta, method, confidence)
 
 
@@ -163,22 +203,23 @@ def _document(bound: LowerBound) -> Mapping[str, Any]:
     }  # fmt: skip
 
 
-def _verdict(claimed: float, reported: LowerBound, flagged: LowerBound, canary: Canary, statistic: str) -> str:
+def _verdict(claimed: float, found: Found) -> str:
     """One sentence."""
-    surely = f"{100 * flagged.confidence:g} %"
+    reported, flagged = found.reported, found.flagged
+    surely, claims = f"{100 * flagged.confidence:g} %", f"{claimed:.3g} is claimed"
     if flagged.value > claimed:
         return (
-            f"the code does not keep its promise: at {surely} confidence epsilon is at least {flagged.value:.3g}, and "
-            f"{claimed:.3g} is claimed (canary: {canary}; seen in: {statistic})"
+            f"the code does not keep its promise: at {surely} confidence epsilon is at least {flagged.value:.3g}, and {claims} "
+            f"(canary: {found.canary}; seen in: {found.test.name})"
         )
     if flagged.ceiling <= claimed:
         return (
-            f"nothing can be said: no attack on {flagged.runs} counted runs could show more than {flagged.ceiling:.3g}, and "
-            f"{claimed:.3g} is claimed; take more runs, or audit with a smaller defense.epsilon"
+            f"nothing can be said: at {surely} confidence no attack on {flagged.runs} counted runs shows more than "
+            f"{flagged.ceiling:.3g}, and {claims}; take more runs, or audit with a smaller defense.epsilon"
         )
     if reported.value > claimed:
         return (
-            f"look again with more runs: the bound at {100 * reported.confidence:g} % exceeds the claim of {claimed:.3g}, as it may "
-            f"by chance, and at {surely} it is {flagged.value:.3g}"
+            f"look again with more runs: the bound at {100 * reported.confidence:g} % confidence is above the claimed "
+            f"{claimed:.3g}, as it may be by chance, and at {surely} it is {flagged.value:.3g}"
         )
     return f"no bug found: the bound does not exceed the {claimed:.3g} that is claimed, which proves no privacy"

@@ -6,7 +6,7 @@ Everything but the canary is public here, as differential privacy has it: the ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -95,11 +95,12 @@ class LocalTraining:
         self.defense.check_module(self.model)
         bound = self.defense.max_grad_norm
         self.starts = [self._weights(generator(seed, "audit", "weights", r), bound) for r in range(rounds)]
-        lr = expected / (bound * max(1.0, self.defense.noise_multiplier or 0.0))  # as long as weights are, against rounding
+        # so that updates are about as long as weights, and not lost in their rounding
+        lr = expected / (bound * max(1.0, self.defense.noise_multiplier or 0.0))
         self.constants = LocalConstants(SPEC, lr, 1.0, 0.0, 0.0, None, batch, None, False, self.defense.card())
         self.unit_step = -expected / (lr * bound)
         self.canaries: tuple[Canary, ...] = ("long", "not finite")
-        self.blocks = {"backbone": slice(0, -self.model.head.weight.numel()), "class embeddings": slice(-self.model.head.weight.numel(), None)}  # fmt: skip
+        self.blocks = _blocks(self.model.head.weight.numel())
         self.directions = np.stack([self._direction(start, bound, expected == UNITS) for start in self.starts])
         found = [self.defense.charge(self.plan, r + 1, 1) for r in range(rounds)]
         self.charges = tuple(charge for charge in found if charge is not None)
@@ -117,7 +118,7 @@ class LocalTraining:
             except WorkFailedError:
                 released.append(None)
                 continue
-            released.append(self._flat(result.delta) * self.unit_step)
+            released.append(_flat(result.delta) * self.unit_step)
         return released
 
     def _photos(self, canary: Canary | None) -> Tensor:
@@ -128,11 +129,6 @@ class LocalTraining:
         photos = self.photos.float()
         photos[-self.each :] = 0.0 if canary is None else torch.nan
         return photos
-
-    def _flat(self, tensors: Tensors) -> Floats:
-        """The backbone first, the class embeddings last."""
-        names = [*(n for n in tensors if n != HEAD), HEAD]
-        return torch.cat([tensors[n].detach().flatten() for n in names]).double().numpy()
 
     def _weights(self, draw: torch.Generator, bound: float) -> dict[str, Tensor]:
         """Weights under which the canary's gradient is longer than the clipping norm, and much longer than everybody else's: its
@@ -159,7 +155,7 @@ class LocalTraining:
         mine = slice(unit * self.each, (unit + 1) * self.each)
         value = heads.loss(self.model(self.photos[mine].float() / 255), self.labels[mine], SPEC)
         named = dict(self.model.named_parameters())
-        return self._flat(dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True)))
+        return _flat(dict(zip(named, torch.autograd.grad(value, list(named.values())), strict=True)))
 
     def _direction(self, start: Tensors, bound: float, everybody: bool) -> Floats:
         """The canary's clipped gradient over the clipping norm; where it is by chance who else is in the batch, what of it is
@@ -201,14 +197,13 @@ class WholeUpdates:
         self.senders = []
         for k, plan in enumerate(plans):
             draw = generator(seed, "audit", "update", k)
-            party = Party(k, torch.zeros(plan.images), torch.zeros(plan.images), tuple(range(k * UNITS, (k + 1) * UNITS)))
-            deltas = tuple(_long({n: torch.randn(s, generator=draw) for n, s in own.items()}, self.sent, LENGTH * bound)
-                           for _ in range(rounds))  # fmt: skip
+            nothing = torch.zeros(plan.images)
+            party = Party(k, nothing, nothing, tuple(range(k * UNITS, (k + 1) * UNITS)))
+            random = [{n: torch.randn(s, generator=draw) for n, s in own.items()} for _ in range(rounds)]
+            deltas = tuple(_long(tensors, self.sent, LENGTH * bound) for tensors in random)
             self.senders.append(_Sender(party, plan, deltas))
         self.canaries: tuple[Canary, ...] = ("long",)
-        head = UNITS * SPEC.embedding_size * (2 if algorithm.head == "shared" else 1)
-        whole = {"backbone": slice(0, None)}
-        self.blocks = whole if algorithm.head == "private" else {"backbone": slice(0, -head), "class embeddings": slice(-head, None)}  # fmt: skip
+        self.blocks = _blocks(self.senders[0].deltas[0][HEAD].numel() if HEAD in self.sent else 0)
         self.directions = np.stack([self._flat(delta) / (LENGTH * bound) for delta in self.senders[0].deltas])
         found = [self.defense.charge(plans[0], r + 1, 1) for r in range(rounds)]
         self.charges = tuple(charge for charge in found if charge is not None)
@@ -219,7 +214,8 @@ class WholeUpdates:
         state = State(0, {n: t for n, t in self.start.items() if n != HEAD}, rows)
         examples = {s.party.client: s.plan.images for s in self.senders}
         for r in range(len(self.directions)):
-            got = Inbox(self.algorithm, self.defense, key, frozenset(), ("round", r + 1), examples, state, lambda k: True)
+            where = ("round", r + 1)
+            got = Inbox(self.algorithm, self.defense, key, frozenset(), where, examples, state, lambda client: True)
             for sender in self.senders:
                 absent = canary is None and sender is self.senders[0]
                 delta = {n: torch.zeros_like(t) if absent else t for n, t in sender.deltas[r].items()}
@@ -237,11 +233,20 @@ class WholeUpdates:
         return {**mean, HEAD: (got.rows - got.before.rows)[mine]} if self.algorithm.head == "stacked" else mean
 
     def _flat(self, tensors: Tensors) -> Floats:
-        return torch.cat([tensors[n].flatten() for n in _head_last(self.sent)]).double().numpy()
+        return _flat({name: tensors[name] for name in self.sent})
 
 
-def _head_last(names: list[str]) -> Iterator[str]:
-    return iter(sorted(names, key=lambda name: name == HEAD))
+def _flat(tensors: Tensors) -> Floats:
+    """The backbone first, the class embeddings last: (D,)."""
+    names = sorted(tensors, key=lambda name: name == HEAD)
+    return torch.cat([tensors[name].detach().flatten() for name in names]).double().numpy()
+
+
+def _blocks(head: int) -> dict[str, slice]:
+    """The parts of such a vector, of which the last ``head`` numbers are class embeddings."""
+    if not head:
+        return {"backbone": slice(None)}
+    return {"backbone": slice(0, -head), "class embeddings": slice(-head, None)}
 
 
 def _long(tensors: Tensors, sent: list[str], length: float) -> dict[str, Tensor]:

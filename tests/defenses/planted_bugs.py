@@ -1,4 +1,4 @@
-"""Six mistakes that implementations of DP-SGD make, each a dp-sgd that charges as the correct one does. An audit has to find them.
+"""Six mistakes that implementations of DP-SGD make, each charged for as if it were correct. An audit has to find them.
 
 They are built on the optimiser with gradients of single photos, and refuse to be planted in another.
 """

@@ -16,7 +16,6 @@ from defenses.none import NoDefense
 from eval.audit import ceiling, gaussian_epsilon
 from fedgc import heads
 from fedgc.algorithms import ALGORITHMS
-from fedgc.doors import Defense
 from fedgc.errors import UsageError
 from fedgc.pipeline.auditing import audit
 from fedgc.pipeline.worlds import SPEC, LocalTraining, WholeUpdates
@@ -137,10 +136,10 @@ def test_bugs_of_client_dp_are_found(bug: type[ClientDP]) -> None:
 
 
 def test_many_runs_come_near_the_claim() -> None:
-    found = audit(ClientDP(noise_multiplier=1.0), runs=1500)
+    found = audit(ClientDP(noise_multiplier=1.0), runs=1000)
     bound = found["epsilon_lower_bound"]
     assert 0.6 * found["claimed"] < bound["value"] < found["claimed"] < bound["ceiling"]
-    assert bound["n"] == 750
+    assert bound["n"] == 500
 
 
 def test_an_audit_can_be_repeated() -> None:
@@ -169,10 +168,9 @@ def test_progress_ends_where_it_said() -> None:
     assert told[-1][0] == told[-1][1] == len(told)
 
 
-@pytest.mark.parametrize("defense", [NoDefense()], ids=lambda d: d.name)
-def test_what_promises_nothing_is_refused(defense: Defense) -> None:
-    with pytest.raises(UsageError, match="promises no epsilon.*--set defense.name=dp-sgd"):
-        audit(defense)
+def test_what_promises_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"none promises no epsilon.*--set defense\.name=dp-sgd"):
+        audit(NoDefense())
 
 
 @pytest.mark.parametrize("wrong", [{"runs": 5}, {"rounds": 0}, {"rate": 0.0}, {"rate": 1.5}])
@@ -196,5 +194,5 @@ def test_no_false_alarm_in_twenty_clean_audits(unit: str) -> None:
 @pytest.mark.parametrize("bug", PLANTED)
 def test_every_bug_is_found_with_twenty_seeds(bug: type[DPSGD], unit: str) -> None:
     runs = 200 if bug is NoiseOfTheMean else 100
-    missed = [seed for seed in range(SEEDS) if not audit(dp_sgd(bug, unit=unit), runs=runs, seed=100 + seed)["exceeded"]]
-    assert missed == []
+    found = [audit(dp_sgd(bug, unit=unit), runs=runs, seed=100 + seed)["exceeded"] for seed in range(SEEDS)]
+    assert all(found), found

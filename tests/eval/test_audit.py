@@ -155,6 +155,6 @@ def test_the_discriminant_of_independent_columns_is_the_best_there_is() -> None:
 def test_columns_that_never_vary_are_no_obstacle() -> None:
     same = np.ones((30, 2))
     assert np.isfinite(discriminant(same, same, [0, 1])).all()
-    weights = discriminant(same + [1.0, 0.0], same, [0, 1])
+    weights = discriminant(same + np.array([1.0, 0.0]), same, [0, 1])
     assert weights[0] > 0
     assert weights[1] == pytest.approx(0, abs=1e-9)
