@@ -97,9 +97,7 @@ def audit_config(config: Config, runs: int = RUNS, watch: Watch = silent) -> dic
     return audit(config.defense, runs=runs, seed=config.seed, algorithm=algorithm, watch=watch)
 
 
-def _worlds(
-    defense: Defense, rounds: int, rate: float, algorithm: Algorithm, seed: int
-) -> LocalTraining | WholeUpdates:
+def _worlds(defense: Defense, rounds: int, rate: float, algorithm: Algorithm, seed: int) -> Worlds:
     if isinstance(defense, DPSGD):
         return LocalTraining(defense, rounds, rate, seed)
     if isinstance(defense, ClientDP):
@@ -154,8 +152,8 @@ def _features(worlds: Worlds, released: Released) -> Floats:
     # (blocks, rounds, rounds) and (blocks, rounds)
     along = np.array([[gradients @ release for release in releases] for gradients, releases in parts])
     length = np.array([[np.linalg.norm(release) for release in releases] for _, releases in parts])
-    whole = [np.linalg.norm(release) for release in arrived]
-    alike = [a @ b / max(m * n, 1e-300) for (a, m), (b, n) in pairwise(zip(arrived, whole, strict=True))]
+    directions = [release / max(float(np.linalg.norm(release)), 1e-300) for release in arrived]
+    alike = [float(first @ second) for first, second in pairwise(directions)]
     return np.concatenate([along.transpose(1, 2, 0).ravel(), length.T.ravel(), alike, [0.0]])
 
 

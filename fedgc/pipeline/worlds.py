@@ -36,8 +36,8 @@ SPEC = ModelSpec("small", "group", 8, 32, "cosface", 0.2, 8.0)
 UNITS = 8  # photos or people of the audited client
 PHOTOS = 2  # of each person, at most
 SPARE = 2.0  # a canary's gradient is this many clipping norms long or longer
-SHORT = 0.02
-HALVINGS = 60
+SHORT = 0.02  # of its feature, and of the class embedding of its person
+HALVINGS = 60  # of weights, until it is
 BIAS = BACKBONE + "embedding.bias"
 LENGTH = 10.0  # of a client's whole update, in clipping norms
 
@@ -46,11 +46,13 @@ class Worlds(Protocol):
     """charges: what every run costs. canaries: which there are. blocks: the parts of what is released. directions: (R, D) what
     the long canary adds in each round. All in clipping norms."""
 
-    defense: Defense
     charges: tuple[Charge, ...]
     canaries: tuple[Canary, ...]
     blocks: Mapping[str, slice]
     directions: Floats
+
+    @property
+    def defense(self) -> Defense: ...
 
     def play(self, canary: Canary | None, key: int) -> Released:
         """One run. key: of all its noise and sampling."""
@@ -100,20 +102,20 @@ class LocalTraining:
         self.constants = LocalConstants(SPEC, lr, 1.0, 0.0, 0.0, None, batch, None, False, self.defense.card())
         self.unit_step = -expected / (lr * bound)
         self.canaries: tuple[Canary, ...] = ("long", "not finite")
-        self.blocks = _blocks(self.model.head.weight.numel())
+        self.blocks: Mapping[str, slice] = _blocks(self.model.head.weight.numel())
         self.directions = np.stack([self._direction(start, bound, expected == UNITS) for start in self.starts])
         found = [self.defense.charge(self.plan, r + 1, 1) for r in range(rounds)]
         self.charges = tuple(charge for charge in found if charge is not None)
 
     def play(self, canary: Canary | None, key: int) -> Released:
-        photos, released = self._photos(canary), []
+        photos, everybody = self._photos(canary), torch.arange(len(self.photos))
+        released: Released = []
         for r, start in enumerate(self.starts, 1):
             load_tensors(self.model, start)
-            streams = {what: generator(key, what, r, 0) for what in ("sampling", "noise")}
             try:
                 result = train_locally(
-                    self.model, photos, self.labels, iter([torch.arange(len(photos))]), self.constants, self.defense,
-                    self.plan, augmenting=None, **streams,
+                    self.model, photos, self.labels, iter([everybody]), self.constants, self.defense, self.plan,
+                    sampling=generator(key, "sampling", r, 0), augmenting=None, noise=generator(key, "noise", r, 0),
                 )  # fmt: skip
             except WorkFailedError:
                 released.append(None)
@@ -188,11 +190,11 @@ class WholeUpdates:
         photos, bound = (2 * UNITS, UNITS), defense.max_grad_norm
         plans = [ClientPlan(k, n, n, rounds, rounds=rounds) for k, n in enumerate(photos)]
         self.defense = defense.prepared(plans)
-        self.model = FaceModel(Absentable(), CosineHead(2 * UNITS, SPEC.embedding_size))
         self.share = photos[0] / sum(photos)
-        shapes = {n: t.shape for n, t in state_tensors(self.model).items()}
+        model = FaceModel(Absentable(), CosineHead(2 * UNITS, SPEC.embedding_size))
+        shapes = {name: tensor.shape for name, tensor in state_tensors(model).items()}
         self.start = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        own = {**shapes, HEAD: (UNITS, SPEC.embedding_size)} if algorithm.head != "shared" else shapes
+        own = {**shapes, HEAD: torch.Size((UNITS, SPEC.embedding_size))} if algorithm.head != "shared" else shapes
         self.sent = [name for name in own if name != HEAD or algorithm.head != "private"]
         self.senders = []
         for k, plan in enumerate(plans):
@@ -203,15 +205,14 @@ class WholeUpdates:
             deltas = tuple(_long(tensors, self.sent, LENGTH * bound) for tensors in random)
             self.senders.append(_Sender(party, plan, deltas))
         self.canaries: tuple[Canary, ...] = ("long",)
-        self.blocks = _blocks(self.senders[0].deltas[0][HEAD].numel() if HEAD in self.sent else 0)
+        self.blocks: Mapping[str, slice] = _blocks(self.senders[0].deltas[0][HEAD].numel() if HEAD in self.sent else 0)
         self.directions = np.stack([self._flat(delta) / (LENGTH * bound) for delta in self.senders[0].deltas])
         found = [self.defense.charge(plans[0], r + 1, 1) for r in range(rounds)]
         self.charges = tuple(charge for charge in found if charge is not None)
 
     def play(self, canary: Canary | None, key: int) -> Released:
         released: Released = []
-        rows = self.start[HEAD][: 2 * UNITS]
-        state = State(0, {n: t for n, t in self.start.items() if n != HEAD}, rows)
+        state = State(0, {n: t for n, t in self.start.items() if n != HEAD}, self.start[HEAD])
         examples = {s.party.client: s.plan.images for s in self.senders}
         for r in range(len(self.directions)):
             where = ("round", r + 1)
