@@ -213,7 +213,7 @@ def _verdict(claimed: float, found: Found) -> str:
     if flagged.ceiling <= claimed:
         return (
             f"nothing can be said: at {surely} confidence no attack on {flagged.runs} counted runs shows more than "
-            f"{flagged.ceiling:.3g}, and {claims}; take more runs, or audit with a smaller defense.epsilon"
+            f"{flagged.ceiling:.3g}, and {claims}; take more runs, or audit with more noise"
         )
     if reported.value > claimed:
         return (
