@@ -207,8 +207,9 @@ def _verdict(claimed: float, found: Found) -> str:
     surely, claims = f"{100 * flagged.confidence:g} %", f"{claimed:.3g} is claimed"
     if flagged.value > claimed:
         return (
-            f"the code does not keep its promise: at {surely} confidence epsilon is at least {flagged.value:.3g}, and {claims} "
-            f"(canary: {found.canary}; seen in: {found.test.name})"
+            f"the code does not keep its promise: at {surely} confidence it lets through what "
+            f"{'a Gaussian mechanism' if flagged.method == 'gaussian' else 'a mechanism'} does from epsilon {flagged.value:.3g} on, "
+            f"and {claims} (canary: {found.canary}; seen in: {found.test.name})"
         )
     if flagged.ceiling <= claimed:
         return (
