@@ -208,8 +208,8 @@ def _verdict(claimed: float, found: Found) -> str:
     if flagged.value > claimed:
         return (
             f"the code does not keep its promise: at {surely} confidence it lets through what "
-            f"{'a Gaussian mechanism' if flagged.method == 'gaussian' else 'a mechanism'} does from epsilon {flagged.value:.3g} on, "
-            f"and {claims} (canary: {found.canary}; seen in: {found.test.name})"
+            f"{'a Gaussian mechanism' if flagged.method == 'gaussian' else 'a mechanism'} does from epsilon {flagged.value:.3g} "
+            f"on, and {claims} (canary: {found.canary}; seen in: {found.test.name})"
         )
     if flagged.ceiling <= claimed:
         return (
