@@ -1,6 +1,6 @@
 """Every defense at three strengths, under FedAvg and FedGC, on a folder of faces: its cost, and the best attack of each seat.
 
-Every arm is an ordinary run directory in --out, made with one thread (a finished one is found, an unfinished one resumed), from
+Every arm is an ordinary run directory in --out (a finished one is found, an unfinished one resumed), several at a time, from
 configs/faces.toml with twelve rounds and the settings of the arm. Attackers know the defense. Printed for each arm: utility, and
 for each seat the best of what was tried on photos of a recorded step, on people and on membership. The best is chosen by its
 outcome, which favours the attacker. Arms with `probing` have a client that departs from the protocol, and are read from its seat.
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks.utility import one_thread
 from fedgc.config import Config, load_config
 from fedgc.errors import FedgcError
 from fedgc.pipeline.attacking import attack
@@ -162,27 +165,33 @@ def main() -> None:
     parser.add_argument("--probing", choices=["also", "only", "not"], default="also")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    for algorithm, name, probing, settings in arms(options.algorithms):
-        if options.only and not name.startswith(tuple(options.only)):
-            continue
-        if options.probing == ("not" if probing else "only"):
-            continue
-        flags = {"data.source": options.faces, "federation.algorithm": algorithm, "seed": options.seed}
-        config = load_config(CONFIG, settings=[*SHORT, *settings, *options.settings], flags=flags)
-        about = {"algorithm": algorithm, "defense": name, "probing": probing, "seed": options.seed}
-        label = f"{algorithm} {name}{' probing' if probing else ''}".replace(",", "").replace(" ", "-")
-        out = options.out / label
-        record = options.out / f"{label}.json"
-        if record.exists():
-            row = json.loads(record.read_text())
-        else:
-            row = row_of(config, out, about, tried(name, probing))
-            record.write_text(json.dumps(row, indent=1) + "\n")
-        auc = row["utility"]
-        spent = f", epsilon {row['privacy']['epsilon']:.2f} for one {row['privacy']['unit']}" if row["privacy"] else ""
-        print(f"{label}: AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]{spent} ({row['seconds']:.0f} s)")
-        print("\n".join(best(row)), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [
+        (a, name, probing, settings) for a, name, probing, settings in arms(options.algorithms)
+        if (not options.only or name.startswith(tuple(options.only))) and options.probing != ("not" if probing else "only")
+    ]  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=one_thread) as pool:
+        for line in pool.map(partial(arm, options), chosen):
+            print(line, flush=True)
+
+
+def arm(options: argparse.Namespace, which: tuple[str, str, bool, list[str]]) -> str:
+    """Train and attack one arm, or find that it was done; what is printed of it."""
+    algorithm, name, probing, settings = which
+    flags = {"data.source": options.faces, "federation.algorithm": algorithm, "seed": options.seed}
+    config = load_config(CONFIG, settings=[*SHORT, *settings, *options.settings], flags=flags)
+    about = {"algorithm": algorithm, "defense": name, "probing": probing, "seed": options.seed}
+    label = f"{algorithm} {name}{' probing' if probing else ''}".replace(",", "").replace(" ", "-")
+    record = options.out / f"{label}.json"
+    if not record.exists():
+        row = row_of(config, options.out / label, about, tried(name, probing))
+        record.write_text(json.dumps(row, indent=1) + "\n")
+    row = json.loads(record.read_text())
+    auc = row["utility"]
+    spent = f", epsilon {row['privacy']['epsilon']:.2f} for one {row['privacy']['unit']}" if row["privacy"] else ""
+    said = f"{label}: AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]{spent} ({row['seconds']:.0f} s)"
+    return "\n".join([said, *best(row)])
 
 
 if __name__ == "__main__":

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import random
 import shutil
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.defenses import CONFIG, SHORT, USUAL, best, row_of
+from benchmarks.utility import one_thread
 from fedgc.config import load_config
 from fedgc.pipeline.training import train
 
@@ -23,7 +26,7 @@ FEWEST = 10  # photos of a person who is trained on
 ALONE = Path(__file__).parent.parent / "configs" / "centralized.toml"
 PRIVACY: dict[str, list[str]] = {
     "no DP": [],
-    **{f"epsilon {e}": ["defense.name=dp-sgd", f"defense.epsilon={e}"] for e in (300, 50, 8)},
+    **{f"epsilon {e}": ["defense.name=dp-sgd", f"defense.epsilon={e}"] for e in (50, 8)},
     "epsilon 8 for a person": ["defense.name=dp-sgd", "defense.epsilon=8", "defense.unit=identity"],
 }
 SERVER = tuple(t for t in USUAL if t[1] == "server" and t[0] != "membership-inference")
@@ -50,27 +53,37 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--algorithms", nargs="+", default=["fedgc", "fedavg"], choices=["fedgc", "fedavg"])
     options = parser.parse_args()
-    torch.set_num_threads(1)
     public, private = dealt(options.faces, options.out / "faces", options.seed)
     settings = ["data.min_images=4", "federation.rounds=60"]
     config = load_config(ALONE, settings=settings, flags={"data.source": str(public), "seed": options.seed})
     auc = train(config, options.out / "public", resume=True)["utility"]["auc"]["value"]
     print(f"public network, on other public people: AUC {auc:.3f}", flush=True)
-    for algorithm in options.algorithms:
-        for start, begin in (("from scratch", []), ("pre-trained", [f"model.init={options.out / 'public'}"])):
-            for name, privacy in PRIVACY.items():
-                flags = {"data.source": str(private), "federation.algorithm": algorithm, "seed": options.seed}
-                config = load_config(CONFIG, settings=[*SHORT, *begin, *privacy], flags=flags)
-                label = f"{algorithm} {start} {name}".replace(" ", "-")
-                record = options.out / f"{label}.json"
-                if not record.exists():
-                    about = {"algorithm": algorithm, "start": start, "privacy": name, "seed": options.seed}
-                    record.write_text(json.dumps(row_of(config, options.out / label, about, SERVER), indent=1) + "\n")
-                row = json.loads(record.read_text())
-                said = {what: row[what]["value"] for what in ("utility", "untrained", "public-only")}
-                print(f"{label}: AUC", ", ".join(f"{k} {v:.3f}" for k, v in said.items() if v is not None),
-                      f"[{row['utility']['low']:.3f}, {row['utility']['high']:.3f}]")  # fmt: skip
-                print("\n".join(best(row)), flush=True)
+    starts = {"from scratch": [], "pre-trained": [f"model.init={options.out / 'public'}"]}
+    starts["last layer"] = [*starts["pre-trained"], "model.trained=last"]
+    chosen = [
+        (algorithm, start, name, [*SHORT, *begin, *privacy])
+        for algorithm in options.algorithms for start, begin in starts.items() for name, privacy in PRIVACY.items()
+    ]  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=one_thread) as pool:
+        for line in pool.map(partial(arm, options, str(private)), chosen):
+            print(line, flush=True)
+
+
+def arm(options: argparse.Namespace, faces: str, which: tuple[str, str, str, list[str]]) -> str:
+    algorithm, start, name, settings = which
+    flags = {"data.source": faces, "federation.algorithm": algorithm, "seed": options.seed}
+    label = f"{algorithm} {start} {name}".replace(" ", "-")
+    record = options.out / f"{label}.json"
+    if not record.exists():
+        about = {"algorithm": algorithm, "start": start, "privacy": name, "seed": options.seed}
+        row = row_of(load_config(CONFIG, settings=settings, flags=flags), options.out / label, about, SERVER)
+        record.write_text(json.dumps(row, indent=1) + "\n")
+    row = json.loads(record.read_text())
+    said = [f"{k} {row[k]['value']:.3f}" for k in ("untrained", "public-only") if row[k]["value"] is not None]
+    auc = row["utility"]
+    interval = f"[{auc['low']:.3f}, {auc['high']:.3f}]"
+    return "\n".join([f"{label}: AUC {auc['value']:.3f} {interval} ({', '.join(said)})", *best(row)])
 
 
 if __name__ == "__main__":

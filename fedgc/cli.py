@@ -277,6 +277,28 @@ def report(runs: Sequence[Path], out: Path, no_originals: bool, gates: Sequence[
         click.echo(line, err=True)
 
 
+@cli.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@set_option
+@click.option(
+    "--runs", type=click.IntRange(min=20), default=1000, show_default=True, help="In each world; half are counted."
+)
+@json_option
+def audit(config: Path | None, settings: Sequence[str], runs: int, as_json: bool) -> None:
+    """Attack the mechanism of a defense that promises an epsilon, with and without a canary, and compare.
+
+    Needs no faces: it looks for mistakes in the code, on a tiny network. Exits with 1 where epsilon is higher than claimed.
+    """
+    from fedgc.config import load_config
+    from fedgc.pipeline.auditing import audit_config
+
+    with watching() as watch:
+        found = audit_config(load_config(config, environment=os.environ, settings=settings), runs, watch)
+    show(as_json, found, lambda ui: ui.audited(found))
+    if found["exceeded"]:
+        sys.exit(1)
+
+
 KINDS = ("attacks", "defenses", "threats", "algorithms", "models", "judges", "datasets")
 
 

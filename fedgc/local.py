@@ -108,8 +108,8 @@ def train_locally(
 ) -> LocalResult:
     """Train the resident model in place and return what changed.
 
-    photos: uint8 (n, 3, S, S), labels: int64 (n,) indices into the rows of the model's head. Raises WorkFailedError at
-    the first loss that is not finite, before anything leaves the client.
+    photos: uint8 (n, 3, S, S), labels: int64 (n,) indices into the rows of the model's head. Raises WorkFailedError, before
+    anything leaves the client, where the update is not finite, or the mean loss is not and no defense bounds single photos.
     """
     before = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
     parameters = list(model.parameters())  # once: walking over the modules takes as long as a small layer
@@ -140,10 +140,12 @@ def train_locally(
     if session.bounded:  # one photo without a finite loss is dropped before clipping, and does not speak for the others
         every = every[every.isfinite()]
     mean = float(every.mean()) if len(every) else float("nan")
+    # where single photos are protected, whether anything is sent must not depend on the loss of one of them
+    diverged = bool(losses) and not math.isfinite(mean) and not session.bounded
     after = state_tensors(model)
     delta = dict(zip(after, torch._foreach_sub(list(after.values()), [before[name] for name in after]), strict=True))
     finite = torch.stack(torch._foreach_norm(list(delta.values()))).isfinite().all()
-    if (losses and not math.isfinite(mean)) or not bool(finite):
+    if diverged or not bool(finite):
         raise WorkFailedError(
             f"training of client {plan.client} diverged (loss {mean:g}, or an update that is not finite), and nothing "
             f"was sent. Lower federation.lr (now {constants.lr:g})"

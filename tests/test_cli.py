@@ -46,7 +46,7 @@ def faces(tmp_path: Path) -> Path:
 def test_help_names_every_command(cli: Cli) -> None:
     outcome = cli("--help")
     assert outcome.code == 0
-    for command in ("demo", "data", "train", "evaluate", "attack", "sweep", "report", "list"):
+    for command in ("demo", "data", "train", "evaluate", "attack", "sweep", "report", "audit", "list"):
         assert command in outcome.out
 
 
@@ -208,3 +208,35 @@ def test_interrupted_with_the_state_saved(tmp_path: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert f"fedgc-priv train --out {tmp_path / 'run'} --resume" in err
     assert RunDirectory(tmp_path / "run").load_state() is not None
+
+
+# -- audit
+
+CLIENT_DP = ("--set", "defense.name=client-dp", "--set", "defense.noise_multiplier=1")
+
+
+def test_an_audit_says_what_is_claimed_found_and_could_have_been(cli: Cli) -> None:
+    outcome = cli("audit", *CLIENT_DP, "--runs", 60)
+    assert outcome.code == 0, outcome.err
+    said = ("claimed: client-level, zero-out: ε = 4.8", "95 % confidence", "attack on 30 counted", "no bug found")
+    for words in said:
+        assert words in outcome.out
+    found = json.loads(cli("audit", *CLIENT_DP, "--runs", 60, "--json").out)
+    assert found["epsilon_lower_bound"]["value"] < found["claimed"] < found["epsilon_lower_bound"]["ceiling"]
+    assert (found["exceeded"], found["runs"], found["defense"]["name"]) == (False, 60, "client-dp")
+
+
+def test_an_audit_that_finds_a_bug_fails(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from defenses.client_dp import ClientDP
+
+    monkeypatch.setattr(ClientDP, "aggregated", lambda self, delta, share, noise: delta)
+    outcome = cli("audit", *CLIENT_DP, "--runs", 60)
+    assert outcome.code == 1
+    assert "does not keep its promise" in outcome.out
+    assert outcome.err == ""
+
+
+def test_an_audit_of_what_promises_nothing_is_refused(cli: Cli) -> None:
+    one_line(cli("audit"), 2, "none promises no epsilon", "--set defense.name=dp-sgd")
+    one_line(cli("audit", "--set", "defense.name=pruning"), 2, "pruning promises no epsilon")
+    one_line(cli("audit", *CLIENT_DP, "--set", "federation.algorithm=local"), 2, "client-dp", "under local none does")

@@ -16,8 +16,9 @@ from eval.privacy import rero_from_profile
 from fedgc import heads
 from fedgc.doors import ClientPlan, LocalSession
 from fedgc.errors import UsageError
+from fedgc.local import train_locally
 from fedgc.models import FaceModel, build_model
-from fedgc.types import Charge, ModelSpec
+from fedgc.types import Charge, LocalConstants, ModelSpec
 
 SPEC = ModelSpec("small", "group", 16, 32, "cosface", 0.2, 8.0)
 PEOPLE = torch.tensor([0, 1, 1, 2, 2, 2])
@@ -100,6 +101,19 @@ def test_a_gradient_that_is_not_finite_is_dropped_before_clipping(bad: float, mo
     assert dropped == 1
     for name, gradient in expected(photos(), 1.0, left_out=(4,)).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-9)
+
+
+def test_a_photo_without_a_finite_loss_does_not_keep_a_client_from_sending() -> None:
+    """A client that falls silent when one photo has no finite loss tells everybody that the photo is there."""
+    x = (photos() * 255).float()
+    x[4, 0, 3, 3] = math.nan
+    constants = LocalConstants(SPEC, 0.1, 1.0, 0.0, 0.0, None, 6, None, False)
+    found = train_locally(
+        face_model().float(), x, PEOPLE, iter([torch.arange(6)]), constants, DPSGD(noise_multiplier=1.0),
+        ClientPlan(0, 6, 6, 1, PEOPLE), sampling=None, augmenting=None, noise=drawn(3),
+    )  # fmt: skip
+    assert found.dropped == 1
+    assert all(bool(delta.isfinite().all()) and float(delta.norm()) > 0 for delta in found.delta.values())
 
 
 @both_modes
