@@ -49,8 +49,8 @@ def attack(
     Results that exist are read back unless ``force``. judge: who says whether pictures show the person, if anybody.
     Raises RefusedError when the only combination asked for is refused.
     """
-    usual = ATTACKS if path.is_file() else usual_attacks(RunDirectory(path))
-    chosen = [make_attack(name, settings) for name in attacks or usual]
+    names = attacks or (tuple(ATTACKS) if path.is_file() else usual_attacks(RunDirectory(path)))
+    chosen = [make_attack(name, settings) for name in names]
     if path.is_file():
         seats = [_known(name, THREATS, "threat") for name in threats or ("outsider",)]
         return _unless_only_refusal([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
