@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from attacks.canary_inference import CanaryInference
 from attacks.candidates import CandidateMatch
 from attacks.correction_probe import CorrectionProbe
 from attacks.embedding_recovery import EmbeddingRecovery
@@ -22,7 +23,7 @@ ATTACKS: dict[str, type[Attack]] = {
     cls.model_fields["name"].default: cls
     for cls in (
         LabelInference, EmbeddingRecovery, FeatureInversion, GradientInversion, IdentityLinkage, TemplateInversion,
-        CorrectionProbe, MembershipInference, CandidateMatch,
+        CorrectionProbe, MembershipInference, CandidateMatch, CanaryInference,
     )
 }  # fmt: skip
 
@@ -35,6 +36,7 @@ AnyAttack = Annotated[
     | CorrectionProbe
     | MembershipInference
     | TemplateInversion
-    | CandidateMatch,
+    | CandidateMatch
+    | CanaryInference,
     Field(discriminator="name"),
 ]

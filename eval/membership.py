@@ -26,7 +26,7 @@ def score_membership(
     scores: (P,) of each suspect by the attacked model; control: (P,) by a model that knows none of them: what it finds is how
     members differ from others as faces. Intervals resample members and others apart.
     """
-    metrics, baseline = _metrics(scores, members, rng), _metrics(control, members, rng)
+    metrics, baseline = (membership_metrics(s, members, rng) for s in (scores, control))
     ranks = len(scores) + 1 - rankdata(scores, method="min")
     samples = [
         {"target": n, "class": int(names[i]), "score": round(float(scores[i]), 6), "rank": int(ranks[i])}
@@ -35,7 +35,10 @@ def score_membership(
     return Scores(metrics, {"model-that-knows-nobody": baseline}, samples)
 
 
-def _metrics(scores: NDArray[Any], members: NDArray[np.bool_], rng: np.random.Generator) -> Metrics:
+def membership_metrics(
+    scores: NDArray[Any], members: NDArray[np.bool_], rng: np.random.Generator, what: str = "people"
+) -> Metrics:
+    """auc and tpr@fpr of scores (P,), for members above others. what: who is told apart."""
     inside, outside = scores[members], scores[~members]
     n = len(inside)
     draws = [(rng.choice(inside, n), rng.choice(outside, len(outside))) for _ in range(DRAWS)]
@@ -45,13 +48,13 @@ def _metrics(scores: NDArray[Any], members: NDArray[np.bool_], rng: np.random.Ge
     for rate in RATES:
         name = f"tpr@fpr={rate:g}"
         if len(outside) * rate < 1:
-            why = f"{len(outside)} people who were not trained on are too few for a false positive rate of {rate:g}"
+            why = f"{len(outside)} {what} that were not trained on are too few for a false positive rate of {rate:g}"
             found[name] = Measured.unsupported(why, len(scores), rate).to_json()
             continue
         value = tpr(inside, outside, rate)
         low, high = percentile_interval(value, [tpr(*d, rate) for d in draws])
         few = len(outside) * rate < 3
-        note = f"indicative: the rate is {int(len(outside) * rate)} of {len(outside)} people" if few else None
+        note = f"indicative: the rate is {int(len(outside) * rate)} of {len(outside)} {what}" if few else None
         found[name] = Measured(value, low, high, len(scores), chance=rate, note=note).to_json()
     return found
 

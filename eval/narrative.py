@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from eval.empirical import alarms, statement
 from eval.privacy import rero_from_profile
 from eval.results import METRICS, Cell, Spread, algorithm_name, defense_text, epsilon_text
 from eval.wording import NO_GUARANTEE, interval, number
@@ -18,12 +19,13 @@ def measured(value: Spread, metric: str) -> str:
 
 
 def verdict(cells: Sequence[Cell]) -> list[str]:
-    """Three sentences: what another client learns, what the server learns, and what epsilon buys."""
+    """Promises that were found false; then three sentences: what another client learns, what the server learns, and what epsilon
+    buys."""
     federated = [c for c in cells if c.algorithm != "centralized"]
     weakest = list({c.algorithm: c for c in reversed(federated)}.values())[::-1]  # cells start with the least protected
     if not any(run.attacks for cell in cells for run in cell.runs):
         return ["No attack was run, so that nothing is said about leakage.", _bought(cells)]
-    return [_client_sentence(weakest), _server_sentence(weakest), _bought(cells)]
+    return [*alarms(cells), _client_sentence(weakest), _server_sentence(weakest), _bought(cells)]
 
 
 def _client_sentence(weakest: Sequence[Cell]) -> str:
@@ -194,7 +196,7 @@ def accounting(cells: Sequence[Cell]) -> dict[str, Any]:
 def _statement(cell: Cell) -> dict[str, str]:
     p: Mapping[str, Any] = cell.first.about["privacy"]
     asked = f" (asked for: at most {p['target_epsilon']:g})" if p.get("target_epsilon") else ""
-    terms = {"ε": f"{p['epsilon']:.4g}{asked}"}
+    terms = {"ε": f"{p['epsilon']:.4g}{asked}", **statement(cell)}
     for key, name in TERMS.items():
         if p.get(key) is not None:
             terms[name] = f"{p[key]:.4g}" if isinstance(p[key], float) else str(p[key])

@@ -12,6 +12,7 @@ from typing import Any
 
 from eval import pictures, provenance, sections
 from eval.curves import Drawn, curves
+from eval.empirical import empirical
 from eval.narrative import accounting, verdict
 from eval.results import COLUMNS, Cell, RunResult, cells, table
 from eval.wording import LEDGER, LIMITS
@@ -76,7 +77,7 @@ def _page(
         utility=sections.utility(grouped), attacks=sections.attacks(grouped), ledger=LEDGER,
         figures=[{"svg": Markup(inline(f)), "alt": f.alt, "name": f.name} for f in drawn],
         originals=originals, withheld=WITHHELD, grids=grids, selection=pictures.SELECTION,
-        accounting=accounting(grouped), limits=LIMITS, data=provenance.data(runs),
+        accounting=accounting(grouped), empirical=empirical(grouped), limits=LIMITS, data=provenance.data(runs),
         reproduction=provenance.reproduction(runs, commands), seeds=any(len(c.runs) > 1 for c in grouped),
     )  # fmt: skip
 

@@ -33,8 +33,8 @@ METRICS: dict[str, tuple[str, str]] = {
 }  # fmt: skip
 # the one figure an attack is summed up with: the first that it reports
 HEADLINE = (
-    "sar1@fmr=0.01", "sar2@fmr=0.01", "rank1", "psnr_gain", "tpr@fpr=0.01", "label_accuracy", "embedding_cosine",
-    "auc", "epsilon_lower_bound",
+    "epsilon_lower_bound", "sar1@fmr=0.01", "sar2@fmr=0.01", "rank1", "psnr_gain", "tpr@fpr=0.01", "label_accuracy",
+    "embedding_cosine", "auc",
 )  # fmt: skip
 UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
 COLUMNS = (

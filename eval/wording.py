@@ -24,6 +24,8 @@ GRANTS = {
     "probes": "Rows that the attacker chose and uploaded in place of its class embeddings",
     "suspects": "Photos of people some of whom were trained on, by other photos (given to the attack that asks for it)",
     "candidates": "The photos behind an update, among decoys; which they are is not told (given to the attack that asks for it)",
+    "canaries": "The candidates of an audit, with class and client of each; which were trained on is not told (given to the "
+    "attack that asks for it)",
     "acquaintances": "Whose some of the class embeddings are (given to the attack that asks for it, and left out of its figures)",
 }
 ATTACKS = {
@@ -42,10 +44,12 @@ ATTACKS = {
     "membership-inference": "Who was trained on, by other photos of them; beside it the same guess on a model that knows nobody.",
     "candidate-match": "Which of the candidate photos a step was made from, by likelihood under the defense's clipping and "
     "noise. The ceiling is what no attack on the same steps can exceed under that noise; the others of a batch count as known.",
+    "canary-inference": "Which canaries a run was trained on: images of nobody, each put among a client's photos by a fair coin. "
+    "The right guesses bound ε from below; the ceiling is that bound if all of them were right.",
 }
 SHORT = {  # metrics where space is short, after their value
     "psnr_gain": "over the mean face", "psnr_oracle_restart": "of the best restart, chosen by the truth",
-    "label_accuracy": "of labels found", "auc": "AUC",
+    "label_accuracy": "of labels found", "auc": "AUC", "epsilon_lower_bound": "ε at least",
     "sar1@fmr=0.01": "accepted as the photo", "sar2@fmr=0.01": "accepted as the person",
 }  # fmt: skip
 BASELINES = {
@@ -55,6 +59,7 @@ BASELINES = {
     "another-update": "another client's update", "another-victim": "a photo of another victim",
     "another-class": "another person's face", "class-embedding": "the class embedding itself",
     "another-reconstruction": "another victim's reconstruction", "genuine-photo": "a photo of the person itself",
+    "model-that-knows-nobody": "a model that knows nobody", "absent-image": "an image that is not there",
 }  # fmt: skip
 LEDGER = (
     (
@@ -86,8 +91,8 @@ LEDGER = (
     ),
     (
         "DP-aware",
-        "Candidate-match and gradient-inversion model the clipping and noise of dp-sgd. The other attacks, and all under other "
-        "defenses, do not, so that small leakage under noise is a lower bound only in their rows.",
+        "Candidate-match, canary-inference and gradient-inversion model the clipping and noise of dp-sgd. The other attacks, "
+        "and all under other defenses, do not, so that small leakage under noise is a lower bound only in their rows.",
     ),
     (
         "Judge",

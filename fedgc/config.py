@@ -166,6 +166,12 @@ class Record(Section):
                 return round in listed
 
 
+class Audit(Section):
+    """canaries: how many images of nobody are put into training or left out, by a coin each (`fedgc.canaries`)."""
+
+    canaries: int = Field(default=0, ge=0)
+
+
 class Config(Section):
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -178,6 +184,7 @@ class Config(Section):
     defense: AnyDefense = Field(default_factory=lambda: get_args(get_args(AnyDefense)[0])[0]())
     probing: ProbingSection = ProbingSection()
     record: Record = Record()
+    audit: Audit = Audit()
 
     def spec(self, classes: int = 0) -> ModelSpec:
         """classes: people in the whole federation, for a softmax that counts them."""

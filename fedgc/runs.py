@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedgc import __version__
+from fedgc.canaries import Planting
 from fedgc.errors import RunError, UsageError
 from fedgc.files import (
     PRIVATE,
@@ -34,7 +35,7 @@ from fedgc.files import (
 from fedgc.rounds import Rounds
 from fedgc.threats import Knowledge
 from fedgc.transcripts import pack_transcript, unpack_transcript
-from fedgc.types import Gallery, Transcript, Truth
+from fedgc.types import Canaries, Gallery, Transcript, Truth
 
 SCHEMA = 1
 SHARED_FOLDERS = ("checkpoints", "transcript", "attacks")
@@ -194,6 +195,28 @@ class RunDirectory(Rounds):
                 for who in ("calibration", "strangers")
             )
             return calibration, strangers
+
+    def save_canaries(self, planting: Planting) -> None:
+        """The candidates where an attacker finds them, and which of them were put into training where scoring alone looks."""
+        named = {"photos": planting.photos, "classes": planting.classes, "clients": planting.clients}
+        write_tensors(self.path / "attacker" / "canaries.safetensors", named, None, PRIVATE)
+        coins = {"inside": planting.inside.to(torch.uint8)}
+        write_tensors(self.path / "private" / "canaries.safetensors", coins, None, PRIVATE)
+
+    def load_canaries(self) -> Canaries | None:
+        """None of a run that was trained without."""
+        path = self.path / "attacker" / "canaries.safetensors"
+        if not path.exists():
+            return None
+        with holding(path):
+            tensors, _ = read_tensors(path)
+            return Canaries(tensors["photos"].float() / 255, tensors["classes"], tensors["clients"])
+
+    def load_coins(self) -> Tensor:
+        """bool (m,): which candidates were trained on."""
+        path = self.path / "private" / "canaries.safetensors"
+        with holding(path):
+            return read_tensors(path)[0]["inside"].bool()
 
     def save_identities(self, value: Mapping[str, Any]) -> None:
         """The private names: who class c is, and which person of the gallery."""

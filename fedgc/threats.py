@@ -15,6 +15,7 @@ from torch import Tensor
 from fedgc.algorithms import ALGORITHMS, RunningMean, backbone_part
 from fedgc.types import (
     HEAD,
+    Canaries,
     ClassEmbeddings,
     ClientUpdate,
     Gallery,
@@ -34,13 +35,14 @@ class Knowledge:
     """What every attacker is given beside the protocol: photos of strangers (float32 (N, 3, H, W) in [0, 1], a number for each
     person int64 (N,)) and, for re-identification, photos of candidate people. Where an attack asks for it, the photos among which
     those behind an update are (float32 (K, 3, H, W)), or people some of whom were trained on, or the person of the gallery behind
-    some classes."""
+    some classes, or the candidates of an audit."""
 
     auxiliary_faces: Tensor | None = None
     gallery: Gallery | None = None
     candidates: Tensor | None = None
     suspects: Gallery | None = None
     auxiliary_people: Tensor | None = None
+    canaries: Canaries | None = None
     acquaintances: Mapping[int, int] | None = None
 
 
@@ -217,7 +219,7 @@ def _outsider(transcript: Transcript, _seat: int) -> Mapping[str, Any]:
 _ALWAYS = frozenset(
     {
         "public-constants", "global-model", "normalisation-statistics", "auxiliary-faces", "gallery", "candidates",
-        "suspects", "acquaintances",
+        "suspects", "acquaintances", "canaries",
     }
 )  # fmt: skip
 THREATS = {

@@ -158,6 +158,16 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Canaries:
+    """Images each of which may have been trained on, by a coin that the attacker does not see, and where it would be. images:
+    float32 (m, 3, H, W) in [0, 1]; classes, clients: int64 (m,)."""
+
+    images: Tensor
+    classes: Tensor
+    clients: Tensor
+
+
+@dataclass(frozen=True)
 class ObservedUpdate:
     """An update, or a weighted mean of several, in an adversary's hands.
 
@@ -202,6 +212,7 @@ class Observation:
     candidates: Tensor | None = None  # photos (K, 3, H, W), one or more of which are behind an update
     suspects: Gallery | None = None  # people some of whom were trained on, by other photos than those
     acquaintances: Mapping[int, int] | None = None  # person of the gallery behind a class, where it is known beforehand
+    canaries: Canaries | None = None  # images that were put into training or not
     auxiliary_people: Tensor | None = None  # a number for the person of each auxiliary face; comes with them
 
     @property
@@ -216,7 +227,7 @@ GRANTS_OF_FIELDS = {
     for name in (
         "public_constants", "global_model", "client_updates", "aggregate", "class_embeddings", "own_class_embeddings",
         "correction", "probes", "auxiliary_faces", "gallery", "normalisation_statistics", "candidates", "suspects",
-        "acquaintances",
+        "acquaintances", "canaries",
     )
 }  # fmt: skip
 GRANTS = tuple(GRANTS_OF_FIELDS.values())

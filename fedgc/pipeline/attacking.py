@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from attacks.canary_inference import CanaryInference
 from attacks.membership import MembershipInference
 from attacks.registry import ATTACKS, AnyAttack
 from eval.figures import save_grid
@@ -22,6 +23,7 @@ from fedgc.algorithms import ALGORITHMS, backbone_part
 from fedgc.config import load_config, parse_setting
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from fedgc.pipeline.canaries import given, score_found
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.judging import judged, optimisation_limited
 from fedgc.pipeline.linking import acquaintances, told_apart
@@ -47,7 +49,8 @@ def attack(
     Results that exist are read back unless ``force``. judge: who says whether pictures show the person, if anybody.
     Raises RefusedError when the only combination asked for is refused.
     """
-    chosen = [make_attack(name, settings) for name in attacks or ATTACKS]
+    names = attacks or (tuple(ATTACKS) if path.is_file() else usual_attacks(RunDirectory(path)))
+    chosen = [make_attack(name, settings) for name in names]
     if path.is_file():
         seats = [_known(name, THREATS, "threat") for name in threats or ("outsider",)]
         return _unless_only_refusal([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
@@ -58,6 +61,12 @@ def attack(
     bench = None if judge is None else Bench(run, judge, watch)
     jobs = [(a, seat, rounds) for a in chosen for seat in seats for rounds in ([at] if adds_up(a) else zip(at))]
     return _unless_only_refusal([_with_variants(run, *job, targets, force, bench, watch) for job in jobs])
+
+
+def usual_attacks(run: RunDirectory) -> list[str]:
+    """All attacks but that on canaries where there are none."""
+    planted = run.load_canaries() is not None
+    return [name for name, kind in ATTACKS.items() if planted or kind is not CanaryInference]
 
 
 def usual_seats(run: RunDirectory) -> list[str]:
@@ -185,6 +194,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     suspects = line_up(run, job.seat) if isinstance(job.attack, MembershipInference) else None
     if suspects is not None:
         owned = replace(owned, suspects=suspects.people)
+    owned = replace(owned, canaries=given(run, job.attack, job.seat))
     owned = replace(owned, acquaintances=acquaintances(run, job.attack, job.seat, job.transcripts[0]))
     seen: dict[str, Observation] = {}
     left: dict[int, int | None] = dict.fromkeys(map(round_of, job.transcripts), job.targets)
@@ -238,6 +248,8 @@ def _scores(
     rng = numpy_generator(run.about()["seed"], "score", job.folder())
     if suspects is not None:
         return score_suspects(found, suspects, rng)
+    if isinstance(job.attack, CanaryInference):
+        return score_found(run, found, job.seat, rng)
     if hidden:
         card = run.about()["defense"]
         sigma = card.get("noise_multiplier") if card["name"] == "dp-sgd" else None  # the ceiling is of noised photos

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attacks.canary_inference import CanaryInference
 from attacks.candidates import CandidateMatch
 from attacks.correction_probe import CorrectionProbe
 from eval.lineups import Lineup, score_lineups
@@ -33,7 +34,7 @@ class Hidden:
 
 def adds_up(attack: Attack) -> bool:
     """Whether what several rounds show of the same people is one piece of evidence."""
-    return isinstance(attack, CandidateMatch | CorrectionProbe)
+    return isinstance(attack, CandidateMatch | CorrectionProbe | CanaryInference)
 
 
 def hide(run: RunDirectory, attack: Attack, names: Sequence[str], seat: int | None) -> dict[str, Hidden]:

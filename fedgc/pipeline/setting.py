@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedgc.algorithms import ALGORITHMS
+from fedgc.canaries import Planting, plan_planting, planted
 from fedgc.config import Config
 from fedgc.data.faces import FaceSet, load_faces
 from fedgc.data.splits import Splits, partition, split_identities
@@ -25,7 +26,8 @@ AUXILIARY_PHOTOS = 2000  # enough for a face prior; more only makes runs bigger
 
 @dataclass(frozen=True)
 class Setting:
-    """people: the person (index into faces.names) of each class."""
+    """people: the person (index into faces.names) of each class. parties: with the photos of people alone; canaries: what is put
+    among them, or not, in training."""
 
     config: Config
     faces: FaceSet
@@ -33,6 +35,7 @@ class Setting:
     parties: tuple[Party, ...]
     people: tuple[int, ...]
     device: torch.device
+    canaries: Planting | None = None
 
 
 def prepare(config: Config, watch: Watch = silent) -> Setting:
@@ -56,7 +59,9 @@ def prepare(config: Config, watch: Watch = silent) -> Setting:
         photos = faces.images[torch.cat(index)].to(device)
         classes = tuple(range(first, len(people)))
         parties.append(Party(client, photos, torch.cat(labels).to(device), classes))
-    return Setting(config, faces, splits, tuple(parties), tuple(people), device)
+    count = config.audit.canaries
+    canaries = plan_planting(parties, count, data.image_size, config.seed) if count else None
+    return Setting(config, faces, splits, tuple(parties), tuple(people), device, canaries)
 
 
 def deal(config: Config, people: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -80,8 +85,8 @@ def federation(setting: Setting, initial: Tensors | None = None) -> Federation:
     """The federation of a setting, with a noise key that nobody knows; a run replaces it by its own."""
     config = setting.config
     return Federation(
-        ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(), setting.parties,
-        config.defense, config.seed, secrets.randbits(256), setting.device,
+        ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(),
+        planted(setting.parties, setting.canaries), config.defense, config.seed, secrets.randbits(256), setting.device,
         initial, config.plan_of_probing(), config.model.trained == "last",
     )  # fmt: skip
 

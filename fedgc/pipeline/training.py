@@ -117,6 +117,8 @@ def _start(setting: Setting, parties: Federation, run: RunDirectory, initial: In
         photos_of(setting, setting.splits.calibration, CALIBRATION_PHOTOS),
         photos_of(setting, setting.splits.test, config.data.held_out),
     )
+    if setting.canaries is not None:
+        run.save_canaries(setting.canaries)
     names = {c: faces.names[p] for c, p in enumerate(setting.people)}
     run.save_identities({"class_name": names, "class_gallery": of_class, "splits": setting.splits.to_json()})
     run.noise_key(getattr(config.defense, "noise_seed", None))
@@ -125,12 +127,13 @@ def _start(setting: Setting, parties: Federation, run: RunDirectory, initial: In
             "config_digest": config.digest(), "seed": config.seed, "device": str(setting.device),
             "algorithm": config.federation.algorithm, "rounds": config.federation.rounds,
             "clients": len(setting.parties), "classes": len(setting.people),
-            "images": sum(len(p.photos) for p in setting.parties), "source": config.data.source,
+            "images": sum(len(p.photos) for p in parties.parties), "source": config.data.source,
             "dataset": faces.fingerprint(), "skipped": len(faces.skipped),
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in faces.skipped[:NAMED_SKIPS]],
             "splits": setting.splits.hashes(faces),
             "people": {k: len(getattr(setting.splits, k)) for k in ("train", "calibration", "test", "auxiliary")},
             "victims": manifest_hash(recorded), "notes": notes(setting), "defense": parties.defense.card(),
+            "canaries": config.audit.canaries,
             "init": keep_initial(run, initial, config.spec()) if initial else None,
         },
     )  # fmt: skip

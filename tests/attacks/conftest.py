@@ -3,7 +3,7 @@ each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -27,6 +27,7 @@ class World:
     transcript: Transcript
     truth: Truth
     knowledge: Knowledge
+    parties: Sequence[Party] = ()
 
     def seen_by(self, threat: str, knows: bool = True) -> Observation:
         return THREATS[threat].observe(self.transcript, self.knowledge if knows else None)
@@ -80,4 +81,4 @@ def _world(
     if kind == "round":
         transcript = federation.play(state).transcript
     gallery = Gallery(faces.float() / 255, people)
-    return World(transcript, truth, Knowledge(strangers, gallery))
+    return World(transcript, truth, Knowledge(strangers, gallery), parties)

@@ -10,10 +10,11 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from attacks.registry import ATTACKS, AnyAttack
+from fedgc.canaries import plan_planting
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.errors import RefusedError
 from fedgc.rng import generator
-from fedgc.types import GRANTS, Attack, Observation
+from fedgc.types import GRANTS, Attack, Canaries, Observation
 
 QUICK = {
     "label-inference": {},
@@ -25,6 +26,7 @@ QUICK = {
     "membership-inference": {"models": 4, "epochs": 1},
     "template-inversion": {"method": "both", "training": 3, "iterations": 3, "components": 10, "copies": 1},
     "candidate-match": {"labels": 2},
+    "canary-inference": {},
 }
 table = pytest.mark.parametrize("attack", [ATTACKS[name](**QUICK[name]) for name in ATTACKS], ids=list(ATTACKS))
 
@@ -36,6 +38,9 @@ def observed(world, attack: Attack) -> Observation:
         faces, people = synthetic_faces(10, 3, 32, seed=4)
         faces = faces.float() / 255
         return replace(seen, suspects=seen.gallery, auxiliary_faces=faces, auxiliary_people=people)
+    if attack.name == "canary-inference":
+        planting = plan_planting(world("fedgc", batch=2, kind="round").parties, 8, 32, seed=0)
+        return replace(seen, canaries=Canaries(planting.photos.float() / 255, planting.classes, planting.clients))
     return replace(seen, candidates=seen.auxiliary_faces[:8]) if attack.name == "candidate-match" else seen
 
 
@@ -73,7 +78,11 @@ def test_shapes_types_and_ranges(world, attack: Attack) -> None:
     if answer.labels is not None:
         assert answer.labels.shape == (n,)
         assert answer.labels.dtype == torch.int64
-    if answer.scores is not None:
+    if answer.scores is not None and observation.canaries is not None:
+        assert answer.scores.shape == (n, len(observation.canaries.images))
+        assert answer.scores.dtype == torch.float32
+        assert answer.scores.isfinite().all()
+    elif answer.scores is not None:
         candidates = observation.candidates
         assert answer.scores.shape == (n, observation.gallery.size if candidates is None else len(candidates))
         assert answer.scores.dtype == torch.float32
