@@ -31,6 +31,8 @@ check: $(STAMP)  ## all that CI checks
 bench: $(STAMP)  ## speed, memory and exact resume; never part of the tests
 	$(BIN)/python -m benchmarks.correction
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.private
+	$(BIN)/python -m benchmarks.guarantee
 	$(BIN)/python -m benchmarks.inversion
 	$(BIN)/python -m benchmarks.resume --kills 12 --aimed 6
 

@@ -23,9 +23,9 @@ class PhotoGradients:
 
     def __init__(self, update: ObservedUpdate, constants: LocalConstants) -> None:
         self.spec = constants.spec
-        self.model = build_model(self.spec, len(update.classes)).eval()
+        self.model = build_model(self.spec, len(update.classes)).eval().requires_grad_(False)
         load_tensors(self.model, update.before)
-        self.trained = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.trained = {name: p.detach() for name, p in self.model.named_parameters() if name in update.delta}
         parts = [-update.delta[name] / constants.lr_of(name) for name in self.trained]
         self.observed = torch.cat([part.flatten() for part in parts])
 
