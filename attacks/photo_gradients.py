@@ -23,14 +23,16 @@ class PhotoGradients:
 
     def __init__(self, update: ObservedUpdate, constants: LocalConstants) -> None:
         self.spec = constants.spec
-        self.model = build_model(self.spec, len(update.classes)).eval().requires_grad_(False)
+        self.model = build_model(self.spec, len(update.classes)).eval()
         load_tensors(self.model, update.before)
-        self.trained = {name: p.detach() for name, p in self.model.named_parameters() if name in update.delta}
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+        self.trained = {name: p for name, p in parameters.items() if name in update.delta}
+        self.constant = {name: p for name, p in parameters.items() if name not in update.delta}
         parts = [-update.delta[name] / constants.lr_of(name) for name in self.trained]
         self.observed = torch.cat([part.flatten() for part in parts])
 
     def _loss(self, trained: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        return heads.loss(functional_call(self.model, trained, (images,)), labels, self.spec)
+        return heads.loss(functional_call(self.model, {**self.constant, **trained}, (images,)), labels, self.spec)
 
     def each(self, images: Tensor, labels: Tensor) -> Iterator[Tensor]:
         """Blocks (b, P) of the gradients of photos (n, 3, S, S) under labels (n,), in order."""
