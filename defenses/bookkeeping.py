@@ -116,7 +116,7 @@ class BookKeepingOptimizer(UnitOptimizer):
             factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0) * photos
             totals = dict(pair for part in parts for pair in part.total(factors))
         for p in parameters:
-            p.summed_grad = totals[p] if photos else torch.zeros_like(p)
+            p.summed_grad = totals[p] if p in totals else torch.zeros_like(p)
 
     def _measured(self, units: Units, photos: int) -> tuple[list[Part], Tensor]:
         """Parts, and (U,) lengths of units' gradients. The loss is a mean over photos, so that its gradients are too short by
