@@ -35,12 +35,12 @@ Tried = tuple[str, str, tuple[str, ...], int]  # attack, seat, settings, targets
 USUAL: tuple[Tried, ...] = (
     ("label-inference", "server", (), 8),
     ("gradient-inversion", "server", SEARCH, 4),
-    ("candidate-match", "server", (), 8),
+    ("candidate-match", "server", (), 4),
     ("identity-linkage", "server", (), 0),
     ("identity-linkage", "server", CHANGES, 0),
     ("identity-linkage", "server", FEATURES, 0),
     ("membership-inference", "server", (), 0),
-    ("candidate-match", "client", (), 8),
+    ("candidate-match", "client", (), 4),
     ("identity-linkage", "client", (), 0),
     ("identity-linkage", "client", CHANGES, 0),
     ("correction-probe", "client", (), 0),
@@ -62,13 +62,19 @@ WHAT = {  # what seats are compared by: name -> the metric, and the attacks whos
     "probes named": ("rank1", ("correction-probe",)),
 }
 MEASURES = ("psnr_gain", "rank1", "auc", "label_accuracy", "reached", "strangers_reached", "embedding_cosine")
-BY_CORRECTION = ("none", "dp-sgd,", "client-dp", "embedding-noise", "correction-noise", "row-step-bound")
-STRONGEST = (
+BY_CORRECTION = (
+    "none",
+    "embedding-noise",
+    "correction-noise",
+    "row-step-bound",
+    "blinded-correction",
+)  # what a probe meets
+BESIDE = (
+    "dp-sgd, epsilon 50",
+    "client-dp, epsilon 50",
     "clip-only, max_grad_norm 0.02",
     "pruning, keep 0.01",
     "quantization, bits 1",
-    "secure-aggregation",
-    "blinded-correction",
 )
 
 
@@ -103,9 +109,8 @@ def arms(algorithms: list[str]) -> Iterator[tuple[str, str, bool, list[str]]]:
     for algorithm in algorithms:
         for name, settings in {**EVERYWHERE, **(CORRECTED if algorithm == "fedgc" else {})}.items():
             yield algorithm, name, False, settings
-    if "fedgc" in algorithms:
         for name, settings in {**EVERYWHERE, **CORRECTED}.items():
-            if name.startswith(BY_CORRECTION) or name in STRONGEST:
+            if algorithm == "fedgc" and (name.startswith(BY_CORRECTION) or name in BESIDE):
                 yield "fedgc", name, True, [*settings, *PROBED]
 
 
