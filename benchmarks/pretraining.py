@@ -2,7 +2,7 @@
 
 People with fewer than ten photos are dealt out by a seed: half are public and pre-train a network at one party, half serve to
 calibrate, to test and as the attacker's own faces. People with ten or more are trained on. Every arm is a run directory in --out
-(a finished one is found), from configs/faces.toml with the settings of `benchmarks.defenses`, and is attacked as there.
+(a finished one is found), from configs/faces.toml with the settings of `benchmarks.defenses`; the server names people in it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ ALONE = Path(__file__).parent.parent / "configs" / "centralized.toml"
 PRIVACY: dict[str, list[str]] = {
     "no DP": [],
     **{f"epsilon {e}": ["defense.name=dp-sgd", f"defense.epsilon={e}"] for e in (50, 8)},
-    "epsilon 8 for a person": ["defense.name=dp-sgd", "defense.epsilon=8", "defense.unit=identity"],
 }
-SERVER = tuple(t for t in USUAL if t[1] == "server" and t[0] != "membership-inference")
+SERVER = tuple(t for t in USUAL if t[:2] == ("identity-linkage", "server"))
 
 
 def dealt(faces: Path, out: Path, seed: int) -> tuple[Path, Path]:
