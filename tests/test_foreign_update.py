@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import stat
@@ -13,13 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from tiny import Outcome
 
 from fedgc.data.faces import load_faces
 from fedgc.errors import RefusedError, UsageError
 from fedgc.files import read_tensors
+from fedgc.foreign import save_update
+from fedgc.models import build_backbone
 from fedgc.pipeline.attacking import attack
+from fedgc.types import ModelSpec
 
 ROOT = Path(__file__).parent.parent
 PEOPLE, PHOTOS = (2, 7), [4, 14]  # of the example
@@ -77,6 +82,24 @@ def test_with_the_truth_it_is_scored_beside_chance_and_baselines(update: Path, t
     assert "nearest-auxiliary-face" in found["gradient-inversion"]["baselines"]
     assert not any("why" in entry for entry in found.values())
     json.dumps(list(found.values()), allow_nan=False)
+
+
+def test_a_backbone_under_another_head_gives_its_features_away(tmp_path: Path) -> None:
+    spec = ModelSpec("small", "group", 32, 32, "none", 0.0, 1.0)
+    backbone, head = build_backbone(spec, seed=3).eval(), torch.nn.Linear(32, 5)
+    head.weight.data = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    head.bias.data.zero_()
+    photo = load_faces("synthetic:2x2", image_size=32, align="none", seed=0).float_images([0])
+    start = copy.deepcopy(backbone)
+    F.cross_entropy(head(backbone(photo)), torch.tensor([4])).backward()
+    torch.optim.SGD(backbone.parameters(), lr=0.1).step()
+    states = ({f"backbone.{n}": t for n, t in module.state_dict().items()} for module in (start, backbone))
+    save_update(tmp_path / "bare.safetensors", *states, spec, lr=0.1, batch_size=1)
+    (entry,) = attack(tmp_path / "bare.safetensors", ["embedding-recovery"])
+    found = read_tensors(Path(entry["folder"]) / "reconstructions.safetensors")[0]["embeddings"]
+    assert F.cosine_similarity(found, start(photo)).item() > 0.999
+    with pytest.raises(RefusedError, match=r"head\.weight"):
+        attack(tmp_path / "bare.safetensors", ["label-inference"])
 
 
 def test_the_attackers_drawn_faces_are_not_those_of_a_run(update: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,5 +163,6 @@ def test_the_command_line(cli: Callable[..., Outcome], update: Path, runs: dict[
     assert json.loads(done.out)[0]["labels"] == list(PEOPLE)
     assert "classes 2, 7" in cli("attack", update, "-a", "label-inference").out
     assert cli("attack", update, "--judge", "dlib").code == 2
+    assert "is missing" in cli("attack", update.with_name("other.safetensors")).err
     assert cli("attack", runs["fedgc"], "--faces", FACES).code == 2
     assert cli("attack", runs["fedgc"] / "checkpoints/round-0002.safetensors", "--faces", FACES).code == 2

@@ -51,7 +51,7 @@ def attack(
     path may be a bare file (`fedgc.pipeline.bare_files`); faces and truth are then what the attacker owns, and what is true.
     Raises RefusedError when the only combination asked for is refused.
     """
-    if path.is_file():
+    if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
         if judge is not None:
             raise UsageError(f"--judge needs people to set thresholds, and {path} is a bare file: give a run directory")
         return _unless_only_refusal(
