@@ -83,7 +83,11 @@ def save_update(
     the other fields of `Described`. Raises UsageError where `unpack_update` would."""
     about = {"format": 1, "spec": asdict(spec), "lr": lr, "batch_size": batch_size, **more}
     tensors = {BEFORE + name: t for name, t in before.items()} | {AFTER + name: t for name, t in after.items()}
-    unpack_update(tensors, about, str(path))
+    update, _ = unpack_update(tensors, about, str(path))
+    if not any(bool(change.any()) for change in update.delta.values()):
+        raise UsageError(
+            f"{path}: before and after are the same: copy before the step, with copy.deepcopy(model.state_dict())"
+        )
     write_tensors(path, tensors, about, PRIVATE)
 
 

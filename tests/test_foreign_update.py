@@ -20,7 +20,7 @@ from tiny import Outcome
 
 from fedgc.data.faces import load_faces
 from fedgc.errors import RefusedError, UsageError
-from fedgc.files import read_tensors
+from fedgc.files import read_tensors, write_tensors
 from fedgc.foreign import save_update
 from fedgc.models import build_backbone
 from fedgc.pipeline.attacking import attack
@@ -82,6 +82,21 @@ def test_with_the_truth_it_is_scored_beside_chance_and_baselines(update: Path, t
     assert "nearest-auxiliary-face" in found["gradient-inversion"]["baselines"]
     assert not any("why" in entry for entry in found.values())
     json.dumps(list(found.values()), allow_nan=False)
+
+
+def test_chance_is_among_the_updates_own_classes(update: Path, truth: Path) -> None:
+    tensors, about = read_tensors(update)
+    write_tensors(update, tensors, {**about, "classes": [c + 50 for c in range(10)]})
+    images = read_tensors(truth)[0]["images"]
+    save_file({"images": images, "labels": torch.tensor(PEOPLE) + 50}, truth)
+    (entry,) = attack(update, ["label-inference"], faces=FACES, truth=truth)
+    assert entry["labels"] == [52, 57]
+    assert [s["class"] for s in entry["samples"]] == [52, 57]
+    accuracy = entry["metrics"]["label_accuracy"]
+    assert accuracy["value"] == 1
+    assert accuracy["chance"] == pytest.approx(
+        1 - 0.9**2, abs=0.08
+    )  # one of ten classes, two guesses; estimated by 200 draws
 
 
 def test_a_backbone_under_another_head_gives_its_features_away(tmp_path: Path) -> None:
@@ -163,6 +178,7 @@ def test_the_command_line(cli: Callable[..., Outcome], update: Path, runs: dict[
     assert json.loads(done.out)[0]["labels"] == list(PEOPLE)
     assert "classes 2, 7" in cli("attack", update, "-a", "label-inference").out
     assert cli("attack", update, "--judge", "dlib").code == 2
+    assert cli("attack", update, "--targets", "1").code == 2
     assert "is missing" in cli("attack", update.with_name("other.safetensors")).err
     assert cli("attack", runs["fedgc"], "--faces", FACES).code == 2
     assert cli("attack", runs["fedgc"] / "checkpoints/round-0002.safetensors", "--faces", FACES).code == 2

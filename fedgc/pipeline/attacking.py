@@ -52,8 +52,9 @@ def attack(
     Raises RefusedError when the only combination asked for is refused.
     """
     if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
-        if judge is not None:
-            raise UsageError(f"--judge needs people to set thresholds, and {path} is a bare file: give a run directory")
+        given = {"--judge": judge is not None, "--targets": targets is not None, "--round": round != "last"}
+        if unfit := [flag for flag, there in given.items() if there]:
+            raise UsageError(f"{unfit[0]} is for a run directory, and {path} is a bare file: leave it out")
         return _unless_only_refusal(
             attack_file(path, attacks, threats, settings, faces=faces, truth=truth, force=force, watch=watch)
         )

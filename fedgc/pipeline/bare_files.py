@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,7 +198,9 @@ def _scores(foreign: Foreign, truth: Truth, attack: Attack, found: Reconstructio
     assert seen.client_updates is not None
     assert seen.auxiliary_faces is not None
     update, spec, faces = seen.client_updates[0], seen.public_constants.spec, seen.auxiliary_faces
-    every = batches(found, truth, None)
+    row = {c: i for i, c in enumerate(update.classes)}  # guessing is among these classes, whatever their numbers
+    numbered = lambda labels: labels if labels is None or not row else labels.clone().apply_(row.__getitem__)  # noqa: E731
+    every = batches(replace(found, labels=numbered(found.labels)), replace(truth, labels=numbered(truth.labels)), None)
 
     def looked() -> list[Features]:
         stranger = unit_features(spec, update.before, faces[:STRANGERS]).mean(dim=0)
@@ -208,6 +210,8 @@ def _scores(foreign: Foreign, truth: Truth, attack: Attack, found: Reconstructio
 
     rng = numpy_generator(0, "score", _folder(foreign, attack).name)
     scores = of_steps(every, looked, len(update.classes), faces, rng)
+    if row:
+        scores.samples[:] = [{**s, "class": update.classes[s["class"]]} for s in scores.samples]
     if _fell_short(attack, seen, every, found.loss):
         scores.metrics["psnr_gain"]["note"] = (
             "search fell short: it ended above its own loss at the true photos; more may leak"

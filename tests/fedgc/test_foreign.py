@@ -47,6 +47,11 @@ def test_what_is_saved_is_read(states: Any, tmp_path: Path) -> None:
     assert not any("num_batches" in name for name in update.before)
 
 
+def test_a_state_that_was_not_copied_is_noticed(states: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="deepcopy"):
+        save_update(tmp_path / "u.safetensors", states[0], states[0], SPEC, lr=0.1, batch_size=2)
+
+
 def test_a_change_is_subtracted_in_the_files_own_precision(states: Any) -> None:
     before, _ = states
     wide = {n: t.double() for n, t in before.items() if t.is_floating_point()}
