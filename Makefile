@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .PHONY: demo test slow check bench docs clean
 
@@ -36,8 +37,13 @@ bench: $(STAMP)  ## speed, memory and exact resume; never part of the tests
 	$(BIN)/python -m benchmarks.inversion
 	$(BIN)/python -m benchmarks.resume --kills 12 --aimed 6
 
-docs: $(STAMP)  ## check that every page that a page links to exists
-	$(BIN)/python -m pytest tests/test_readme.py
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $(DOCS_STAMP)
+
+docs: $(DOCS_STAMP)  ## the documentation as a site: open site/index.html, or `python3 -m http.server -d site` for its search
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo site/index.html
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -29,9 +29,18 @@ def save_grid(
 ) -> None:
     """Originals above, reconstructions below, the first ``most`` targets in their recorded order; owner-only."""
     n = min(most, len(samples))
-    rows = [originals[:n], found[:n]]
-    height, width = originals.shape[-2:]
-    sheet = np.full((2 * (height + GAP), n * (width + GAP), 3), 255, np.uint8)
+    _save_sheet(path, (originals[:n], found[:n]))
+
+
+def save_row(path: Path, found: Tensor, most: int = 16) -> None:
+    """Reconstructions alone, where no originals are known; owner-only."""
+    _save_sheet(path, (found[:most],))
+
+
+def _save_sheet(path: Path, rows: Sequence[Tensor]) -> None:
+    """Rows of as many faces (n, 3, H, W) each."""
+    n, (height, width) = len(rows[0]), rows[0].shape[-2:]
+    sheet = np.full((len(rows) * (height + GAP), n * (width + GAP), 3), 255, np.uint8)
     for r, faces in enumerate(rows):
         for c, face in enumerate(faces):
             top, left = r * (height + GAP), c * (width + GAP)

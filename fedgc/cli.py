@@ -137,14 +137,21 @@ def evaluate(run: Path, source: str | None, pairs: Path | None, as_json: bool) -
     "--judge", metavar="NAME", help="Who says whether pictures show the person: see `list judges`. [default: nobody]"
 )
 @click.option("--round", "which", default="last", show_default=True, help="A recorded round: last, all, or its number.")
+@click.option("--faces", metavar="SPEC", help="With an update file: the attacker's own faces, as --data of train.")
+@click.option(
+    "--truth",
+    type=click.Path(path_type=Path),
+    help="With an update file: the photos behind it, to measure what was found.",
+)
 @set_option
 @click.option("--force", is_flag=True, help="Attack again where a result exists.")
 @json_option
 def attack(
     run: Path, attacks: Sequence[str], threats: Sequence[str], targets: int | None, which: str,
-    judge: str | None, settings: Sequence[str], force: bool, as_json: bool,
+    judge: str | None, faces: str | None, truth: Path | None, settings: Sequence[str], force: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Attack what each seat saw of a finished RUN (or of a bare checkpoint file: the seat is then outsider).
+    """Attack what each seat saw of a finished RUN (or of a bare file: of a checkpoint as an outsider, of an update of one client
+    as its server).
 
     --set takes an attack's own settings, for example gradient-inversion.iterations=100.
     """
@@ -152,7 +159,8 @@ def attack(
 
     with watching() as watch:
         entries = run_attacks(
-            run, attacks, threats, targets=targets, round=which, settings=settings, force=force, judge=judge, watch=watch,
+            run, attacks, threats, targets=targets, round=which, settings=settings, force=force, judge=judge,
+            faces=faces, truth=truth, watch=watch,
         )  # fmt: skip
     show(as_json, entries, lambda ui: ui.attacks(entries))
 

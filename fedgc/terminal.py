@@ -176,6 +176,11 @@ def attacks(entries: Sequence[Mapping[str, Any]]) -> None:
     noted = [(entry, m["note"]) for entry in entries for m in entry["metrics"].values() if m.get("note")]
     for line in dict.fromkeys(f"{entry['attack']} from {entry['threat']}: {note}" for entry, note in noted):
         say(line, style="dim")
+    for entry in entries:
+        if "why" in entry:
+            labels = "" if entry["labels"] is None else f"classes {', '.join(map(str, entry['labels']))}; "
+            found = f"{labels}{entry['targets']} photos, in {entry['folder']}"
+            say(f"{entry['attack']} from {entry['threat']}: {found}; {entry['why']}")
     for judge in {e["judge"]["name"]: e["judge"] for e in entries if "judge" in e}.values():
         say(f"judge {judge['name']}, on {judge['people']} people whom nobody trained on: AUC {measured(judge['auc'])}, "
             f"EER {measured(judge['eer'])}, TAR at FMR 1 % {measured(judge['tar@fmr=0.01'])}")  # fmt: skip

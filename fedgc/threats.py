@@ -274,3 +274,14 @@ def outsider_observation(
         class_embeddings=rows, **_released(backbone, constants.spec.norm),
         auxiliary_faces=knowledge.auxiliary_faces, gallery=knowledge.gallery,
     )  # fmt: skip
+
+
+def update_observation(update: ObservedUpdate, constants: LocalConstants, knowledge: Knowledge) -> Observation:
+    """The seat of a server of which one client's update is known, and nothing else; what it released is not. Held as the global
+    model is what it had sent out."""
+    rows = _stacked({0: update})
+    return Observation(
+        threat="server", algorithm="unknown", round=0, kind="step", public_constants=constants,
+        client_updates=(update,), class_embeddings=rows, **_released(update.before, constants.spec.norm),
+        auxiliary_faces=knowledge.auxiliary_faces, auxiliary_people=knowledge.auxiliary_people,
+    )  # fmt: skip

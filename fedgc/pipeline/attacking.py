@@ -12,19 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from attacks.canary_inference import CanaryInference
 from attacks.membership import MembershipInference
-from attacks.registry import ATTACKS, AnyAttack
+from attacks.registry import ATTACKS
 from eval.figures import save_grid
 from eval.scoring import Scores
-from fedgc.algorithms import ALGORITHMS, backbone_part
-from fedgc.config import load_config, parse_setting
+from fedgc.algorithms import ALGORITHMS
+from fedgc.config import load_config
 from fedgc.errors import RefusedError, RunError, UsageError
-from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, write_json, write_tensors, write_text
+from fedgc.files import PRIVATE, make_folder, read_json, write_json, write_tensors, write_text
+from fedgc.pipeline.bare_files import attack_file
 from fedgc.pipeline.canaries import given, score_found
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
+from fedgc.pipeline.entries import entry_of, make_attack, one_of
 from fedgc.pipeline.judging import judged, optimisation_limited
 from fedgc.pipeline.linking import acquaintances, told_apart
 from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
@@ -33,30 +33,39 @@ from fedgc.pipeline.watch import Watch, silent
 from fedgc.pipeline.working import FIELDS, Job, observed, reconstruct
 from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory
-from fedgc.threats import THREATS, Knowledge, outsider_observation
+from fedgc.threats import THREATS
 from fedgc.transcripts import round_of, size_of
-from fedgc.types import BACKBONE, HEAD, Attack, LocalConstants, ModelSpec, Observation, Reconstruction
+from fedgc.types import Attack, Observation, Reconstruction
 
 DEFAULT_TARGETS = 8  # photos, where an attack is costly
 
 
 def attack(
     path: Path, attacks: Sequence[str] = (), threats: Sequence[str] = (), *, targets: int | None = None,
-    round: str = "last", settings: Sequence[str] = (), force: bool = False, judge: str | None = None, watch: Watch = silent,
+    round: str = "last", settings: Sequence[str] = (), force: bool = False, judge: str | None = None,
+    faces: str | None = None, truth: Path | None = None, watch: Watch = silent,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run attacks from seats; returns the document of ``attack --json``, one entry an attack and seat.
 
     Results that exist are read back unless ``force``. judge: who says whether pictures show the person, if anybody.
+    path may be a bare file (`fedgc.pipeline.bare_files`); faces and truth are then what the attacker owns, and what is true.
     Raises RefusedError when the only combination asked for is refused.
     """
-    names = attacks or (tuple(ATTACKS) if path.is_file() else usual_attacks(RunDirectory(path)))
-    chosen = [make_attack(name, settings) for name in names]
-    if path.is_file():
-        seats = [_known(name, THREATS, "threat") for name in threats or ("outsider",)]
-        return _unless_only_refusal([_checkpoint_entry(path, a, seat) for a in chosen for seat in seats])
+    if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
+        given = {"--judge": judge is not None, "--targets": targets is not None, "--round": round != "last"}
+        if unfit := [flag for flag, there in given.items() if there]:
+            raise UsageError(f"{unfit[0]} is for a run directory, and {path} is a bare file: leave it out")
+        return _unless_only_refusal(
+            attack_file(path, attacks, threats, settings, faces=faces, truth=truth, force=force, watch=watch)
+        )
+    if faces is not None or truth is not None:
+        raise UsageError(
+            "--faces and --truth are for a bare update; a run directory holds what an attacker owns, and the truth"
+        )
+    chosen = [make_attack(name, settings) for name in attacks or usual_attacks(RunDirectory(path))]
     run = RunDirectory(path)
     run.finished()
-    seats = [_known(name, THREATS, "threat") for name in threats or usual_seats(run)]
+    seats = [one_of(name, THREATS, "threat") for name in threats or usual_seats(run)]
     at = tuple(recorded_rounds(run, round))
     bench = None if judge is None else Bench(run, judge, watch)
     jobs = [(a, seat, rounds) for a in chosen for seat in seats for rounds in ([at] if adds_up(a) else zip(at))]
@@ -84,55 +93,6 @@ def _unless_only_refusal(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
-def _checkpoint_entry(file: Path, attack: Attack, threat: str) -> dict[str, Any]:
-    """A bare checkpoint: all that it holds is in the hands of an outsider, who owns no photos."""
-    tensors, about = read_tensors(file)
-    backbone = backbone_part(tensors)
-    if not backbone:
-        raise UsageError(
-            f"{file} holds no tensor named '{BACKBONE}...': give a checkpoint written by `fedgc-priv train`"
-        )
-    spec = about.get("spec") if isinstance(about, dict) else None
-    if spec is None:
-        raise UsageError(f"{file} does not say which network it is for (no 'spec' in its description)")
-    constants = LocalConstants(ModelSpec(**spec), 0.0, 1.0, 0.0, 0.0, None, 1, None, False)
-    observation = outsider_observation(backbone, tensors.get(HEAD), constants, Knowledge())
-    refused = (
-        attack.refusal(observation)
-        if threat == "outsider"
-        else f"a checkpoint shows what an outsider sees; the seat '{threat}' needs a run directory"
-    )
-    return _entry(
-        file, attack, threat, 0, observation.granted, refused or "an attack on a bare checkpoint needs photos"
-    )
-
-
-def make_attack(name: str, settings: Sequence[str] = ()) -> Attack:
-    """An attack with its defaults and the settings that name it (``gradient-inversion.iterations=100``)."""
-    _known(name, ATTACKS, "attack")
-    fields: dict[str, Any] = {"name": name}
-    for setting in settings:
-        key, value = parse_setting(setting)
-        owner, _, field = key.rpartition(".")
-        _known(owner, ATTACKS, "attack")
-        if field not in ATTACKS[owner].model_fields:
-            known = ", ".join(f for f in ATTACKS[owner].model_fields if f != "name")
-            raise UsageError(f"--set {key}: {owner} has no '{field}'; it has {known or 'nothing to set'}")
-        if owner == name:
-            fields[field] = value
-    try:
-        return TypeAdapter(AnyAttack).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"--set {name}.{first['loc'][-1]} = {first['input']!r}: {first['msg']}") from None
-
-
-def _known(name: str, names: Mapping[str, Any], what: str) -> str:
-    if name not in names:
-        raise UsageError(f"no {what} '{name}': choose from {', '.join(names)}")
-    return name
-
-
 def recorded_rounds(run: RunDirectory, which: str) -> list[int]:
     recorded = sorted(set(map(round_of, run.transcripts())))
     if not recorded:
@@ -155,7 +115,7 @@ def _with_variants(
     results = results if bench is None else [bench.judged(result) for result in results]
     if not results:
         why = f"no single steps were recorded in round {rounds[-1]}: record.victims was 0"
-        return _entry(run.path, attack, threat, rounds[-1], (), why)
+        return entry_of(run.path, attack, threat, rounds[-1], (), why)
     first, *others = results
     if others and not first["refused"]:
         keys = ("targets", "seconds", "refused", "metrics", "baselines", "samples")
@@ -208,7 +168,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
         refusal = no_message(observation) or job.attack.refusal(observation)
         granted = observation.granted
         if refusal:
-            entry = _entry(
+            entry = entry_of(
                 run.path, job.attack, job.threat, job.rounds[-1], granted, refusal, job.batch_size, job.local_steps
             )
             write_json(make_folder(folder, private=True) / "summary.json", entry, PRIVATE)
@@ -219,7 +179,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     found = told_apart(run, job.attack, reconstruct(run, job, seen, partial(watch, stage)))
     limited = sum(optimisation_limited(run, job, name, seen[name], found[name]) for name in found)
     scores = _scores(run, job, found, hidden, suspects)
-    entry = _entry(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size, job.local_steps)
+    entry = entry_of(run.path, job.attack, job.threat, job.rounds[-1], granted, None, job.batch_size, job.local_steps)
     if len(job.rounds) > 1:
         entry["rounds"] = list(job.rounds)
     if limited and "psnr_gain" in scores.metrics:
@@ -273,18 +233,6 @@ def no_message(observation: Observation) -> str | None:
         case "first":
             return "this client trains alone and sends nothing: there is no message to attack"
     return None
-
-
-def _entry(
-    path: Path, attack: Attack, threat: str, t: int, granted: Sequence[str], refused: str | None,
-    batch_size: int | None = None, local_steps: int = 1,
-) -> dict[str, Any]:  # fmt: skip
-    several = {"local_steps": local_steps} if local_steps > 1 else {}
-    return {
-        "attack": attack.name, "threat": threat, "run": str(path), "targets": 0, "seconds": 0.0,
-        "granted": list(granted), "refused": refused, "metrics": {}, "baselines": {}, "round": t,
-        "batch_size": batch_size, **several, "settings": attack.model_dump(mode="json"), "samples": [],
-    }  # fmt: skip
 
 
 def _save(

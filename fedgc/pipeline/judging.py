@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from fedgc.pipeline.linking import mates_of, round_scores
 from fedgc.pipeline.working import CLIENTS, SEAT, Job
 from fedgc.runs import RunDirectory
 from fedgc.threats import THREATS
-from fedgc.types import HEAD, Observation, Reconstruction, Transcript
+from fedgc.types import HEAD, ModelSpec, Observation, Reconstruction, Tensors, Transcript
 
 STRANGERS = 256  # auxiliary photos whose mean feature is a baseline
 
@@ -35,9 +35,17 @@ def judged(
     looked = lambda: [f for name, g in groups.items() for f in _features(run, name, threat, g, auxiliary)]  # noqa: E731
     if every[0].scores is not None:
         return score_photos(every, looked(), mates_of(run), rng)
+    return of_steps(every, looked, run.about()["classes"], auxiliary, rng)
+
+
+def of_steps(
+    every: list[Batch], looked: Callable[[], list[Features]], classes: int, auxiliary: Tensor, rng: np.random.Generator
+) -> Scores:
+    """Scores of labels, features and pictures, as far as they were found. looked: the true features, where they are needed;
+    classes: how many there are to guess among."""
     parts = []
     if every[0].found is not None:
-        metrics, baselines = score_labels(every, run.about()["classes"], rng)
+        metrics, baselines = score_labels(every, classes, rng)
         samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in every]))]
         parts.append(Scores(metrics, baselines, samples))
     if every[0].embeddings is not None:
@@ -62,12 +70,17 @@ def _features(run: RunDirectory, name: str, threat: str, groups: list[Batch], au
     return [Features(features_at(transcript, g.photos), stranger, rows.get(g.source)) for g in groups]
 
 
+def features_at(transcript: Transcript, photos: Tensor) -> Tensor:
+    """`unit_features` at the backbone that the server sent out."""
+    return unit_features(transcript.constants.spec, transcript.broadcast, photos)
+
+
 @torch.no_grad()
-def features_at(transcript: Transcript, photos: Tensor, batch: int = 64) -> Tensor:
-    """Unit features (n, d) of photos (n, 3, S, S) at the backbone that the server sent out, by the forward pass that a recorded
-    step takes: not averaged with the mirror image, norms in evaluation mode."""
-    backbone = load_backbone(transcript.constants.spec, transcript.broadcast)
-    return F.normalize(torch.cat([backbone(x) for x in photos.split(batch)]), dim=1)
+def unit_features(spec: ModelSpec, backbone: Tensors, photos: Tensor, batch: int = 64) -> Tensor:
+    """Unit features (n, d) of photos (n, 3, S, S), by the forward pass that a recorded step takes: not averaged with the mirror
+    image, norms in evaluation mode."""
+    network = load_backbone(spec, backbone)
+    return F.normalize(torch.cat([network(x) for x in photos.split(batch)]), dim=1)
 
 
 def optimisation_limited(
