@@ -135,8 +135,15 @@ def _mean(transcript: Transcript) -> Tensors | None:
     mean = RunningMean()
     for k in transcript.examples:
         update = transcript.updates[k].tensors
-        mean.add({name: update[name] for name in transcript.broadcast}, transcript.weight(k))
+        mean.add({name: update[name] for name in _averaged(transcript)}, transcript.weight(k))
     return mean.total
+
+
+def _averaged(transcript: Transcript) -> list[str]:
+    """Tensors that clients send to be averaged: of those that are sent out all but what nobody trains."""
+    messages = [*(u.tensors for u in transcript.updates.values()), *transcript.own.values(), transcript.summed]
+    trained = set().union(*messages) or set(transcript.broadcast)
+    return [name for name in transcript.broadcast if name in trained]
 
 
 def _uploaded(transcript: Transcript) -> ClassEmbeddings | None:
@@ -197,7 +204,7 @@ def _own(transcript: Transcript, seat: int) -> Tensors:
 
 def _others(transcript: Transcript, seat: int) -> ObservedUpdate:
     """Everybody else's mean update: the change of the global model less the server's momentum and one's own share."""
-    shared = [name for name in transcript.released if name in transcript.broadcast]
+    shared = [name for name in _averaged(transcript) if name in transcript.released]
     change = {name: transcript.released[name] - transcript.broadcast[name] for name in shared}
     change = {name: delta / transcript.constants.server_lr for name, delta in change.items()}
     change = {name: delta - transcript.carried[name] if transcript.carried else delta for name, delta in change.items()}

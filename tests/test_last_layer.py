@@ -57,6 +57,8 @@ def test_attackers_read_what_is_sent(tuned: RunDirectory) -> None:
     asked = ["label-inference", "candidate-match", "canary-inference"]
     entries = attack(tuned.path, asked, ["server"], targets=2)
     assert [e["attack"] for e in entries if e["refused"] is None] == asked
+    (of_the_others,) = attack(tuned.path, ["candidate-match"], ["client"], targets=2)
+    assert of_the_others["refused"] is None
     if tuned.about()["defense"]["name"] == "none":
         assert entries[0]["metrics"]["label_accuracy"]["value"] == 1
 
