@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from eval.statistics import over_seeds
 
 Entry = dict[str, Any]
 Value = Mapping[str, Any]
@@ -50,7 +54,7 @@ class RunResult:
 
     about: run.json; config: config.toml, parsed; attacks: entries of ``attack --json`` or of the summary.json files;
     pictures: originals and reconstructions of an entry, float32 (n, 3, H, W) in [0, 1] in the order of its samples,
-    or None where it has none.
+    or None where it has none; draws: "net/figure" of utility in each draw of people, (draws,), empty where none were kept.
     """
 
     path: str
@@ -58,6 +62,7 @@ class RunResult:
     config: dict[str, Any]
     attacks: Sequence[Entry]
     pictures: Callable[[Entry], tuple[Tensor, Tensor] | None]
+    draws: Callable[[], Mapping[str, NDArray[np.float64]]] = dict
 
     @property
     def algorithm(self) -> str:
@@ -161,7 +166,15 @@ class Cell:
         return self.first.defense
 
     def utility(self, metric: str, baseline: str | None = None) -> Spread:
-        return Spread.of([run.utility(metric, baseline) for run in self.runs])
+        """Over seeds; with several, the interval is that of seeds and people together where every run kept its draws."""
+        found = Spread.of([run.utility(metric, baseline) for run in self.runs])
+        draws = (
+            [run.draws().get(f"{baseline or 'trained'}/{metric}") for run in self.runs] if len(found.seeds) > 1 else []
+        )
+        if found.n is None or len(draws) != len(found.seeds) or any(d is None for d in draws):
+            return found
+        joint = over_seeds(found.seeds, [d for d in draws if d is not None], found.n, np.random.default_rng(0))
+        return replace(found, low=joint.low, high=joint.high)
 
     def attack(self, attack: str, threat: str, metric: str) -> Spread:
         entries = [run.leading(attack, threat) for run in self.runs]
@@ -170,7 +183,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measured value over seeds: the mean of their values; interval, n and chance are those of the first with a value."""
+    """A measured value over seeds: the mean of their values; interval, n and chance are those of the first with a value,
+    unless the caller knows better."""
 
     value: float | None
     low: float | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eval.results import Spread
+from eval.results import METRICS, Spread
 
 NO_GUARANTEE = "a failed attack is not a guarantee"
 MINUS = "\N{MINUS SIGN}"
@@ -52,6 +52,18 @@ SHORT = {  # metrics where space is short, after their value
     "label_accuracy": "of labels found", "auc": "AUC", "epsilon_lower_bound": "ε at least",
     "sar1@fmr=0.01": "accepted as the photo", "sar2@fmr=0.01": "accepted as the person",
 }  # fmt: skip
+HARMS = {  # what each attack is after, in the order of harm
+    "identity-linkage": "Names the people behind class embeddings",
+    "template-inversion": "Faces of people, from class embeddings",
+    "gradient-inversion": "Photos rebuilt, from one step on one photo",
+    "feature-inversion": "Photos rebuilt, from the last layers of that step",
+    "embedding-recovery": "The template of each photo, from that step",
+    "candidate-match": "Which known photo was trained on in that step",
+    "label-inference": "Whose photos that step was made from",
+    "membership-inference": "Who was trained on at all",
+    "correction-probe": "Other parties' class embeddings, from the correction",
+    "canary-inference": "Which planted images were trained on",
+}
 BASELINES = {
     "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
     "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
@@ -127,6 +139,21 @@ def number(value: float, unit: str) -> str:
         text = f"{round(value, 1) + 0.0:{'+' if unit == '±dB' else ''}.1f}"
         return f"{text}{THIN}dB".replace("-", MINUS)
     return f"{value:.3f}".replace("-", MINUS)
+
+
+def unit_of(metric: str) -> str:
+    return METRICS[metric][1] if metric in METRICS else ""
+
+
+def difference(value: float, unit: str) -> str:
+    """A signed value, of shares in percentage points."""
+    if unit == "%":
+        text = f"{round(100 * value, 1) + 0.0:+.1f}{THIN}pp"
+    elif unit.endswith("dB"):
+        text = f"{round(value, 1) + 0.0:+.1f}{THIN}dB"
+    else:
+        text = f"{round(value, 3) + 0.0:+.3f}"
+    return text.replace("-", MINUS)
 
 
 def interval(value: Mapping[str, Any] | Spread, unit: str) -> str:

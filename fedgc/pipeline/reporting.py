@@ -61,7 +61,9 @@ def load_result(path: Path) -> RunResult:
     run = RunDirectory(path)
     about = run.finished()
     attacks = [with_verdict(p.parent, read_json(p)) for p in sorted((path / "attacks").glob("*/summary.json"))]
-    return RunResult(str(path), about, read_toml(path / "config.toml"), attacks, pictures_of(path))
+    return RunResult(
+        str(path), about, read_toml(path / "config.toml"), attacks, pictures_of(path), run.load_utility_draws
+    )
 
 
 def pictures_of(path: Path) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor] | None]:
