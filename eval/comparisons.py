@@ -57,7 +57,9 @@ def comparisons(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         pairs = [(cell, other) for cell in cells if (other := partner(cell, cells)) is not None]
         if pairs:
             columns = [name(cell) for cell, _ in pairs]
-            tables.append({"title": title, "words": words, "columns": columns, "rows": _rows(pairs)})
+            rows = _rows(pairs)
+            count = sum(bool(cell["interval"]) for row in rows for cell in row["cells"])
+            tables.append({"title": title, "words": words, "columns": columns, "rows": rows, "count": count})
     return [table for table in tables if table["rows"]]
 
 

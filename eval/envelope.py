@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.claims import absence
-from eval.results import SEATS, Cell, Spread, beats_chance, headline_metric
-from eval.wording import HARMS, interval, number, unit_of
+from eval.results import SEATS, Cell, Spread, algorithm_name, beats_chance, defense_text, headline_metric
+from eval.wording import HARMS, WHO, interval, number, unit_of
 
 SCALED = ("sar1@fmr=0.01", "rank1", "sar2@fmr=0.01", "reached", "label_accuracy", "tpr@fpr=0.01", "auc")
 
@@ -85,7 +85,7 @@ def worst_text(cell: Cell, seat: str) -> dict[str, Any]:
     return {
         "text": number(w.figure.value, unit), "what": HARMS.get(w.attack, w.attack), "attack": w.attack,
         "interval": interval(w.figure, unit), "chance": number(w.figure.chance, unit), "n": w.n, "strong": w.told,
-        "clear": w.clear, "tried": w.tried, "said": "" if w.told else absence(w.figure, unit),
+        "above": w.clear, "tried": w.tried, "said": "" if w.told else absence(w.figure, unit),
     }  # fmt: skip
 
 
@@ -105,26 +105,34 @@ def matrix(cells: Sequence[Cell]) -> dict[str, Any]:
     silent = [columns[i][0] for i in range(len(columns)) if i not in kept]
     spans: dict[str, int] = {}
     for i in kept:
-        spans[columns[i][0]] = spans.get(columns[i][0], 0) + 1
+        name = WHO.get(columns[i][0], columns[i][0])
+        spans[name] = spans.get(name, 0) + 1
+    who = list(dict.fromkeys(WHO.get(seat, seat) for seat in silent))
     return {
-        "spans": spans, "columns": [columns[i][1] for i in kept], "silent": list(dict.fromkeys(silent)),
+        "spans": spans, "columns": [_short(columns[i][1]) for i in kept], "silent": who,
         "rows": [{**row, "marks": [row["marks"][i] for i in kept]} for row in rows],
     }  # fmt: skip
+
+
+def _short(cell: Cell) -> str:
+    text = defense_text(cell.first)
+    return algorithm_name(cell.algorithm) + ("" if text == "no defense" else f", {text}")
 
 
 def _mark(cell: Cell, attack: str, seat: str) -> dict[str, Any]:
     """One figure with its sign: above chance, not told from it, or nothing to attack."""
     entry = cell.first.leading(attack, seat)
     if entry is None:
-        return {"sign": "", "text": "", "word": "not run"}
+        return {"sign": "", "text": "", "word": "not run", "above": False}
     metric = None if entry.get("refused") else headline_metric(entry)
     figure = Spread(None) if metric is None else cell.attack(attack, seat, metric)
     if metric is None or figure.value is None:
-        return {"sign": "–", "text": "", "word": "nothing to attack" if entry.get("refused") else "no figure"}
+        word = "nothing to attack" if entry.get("refused") else "no figure"
+        return {"sign": "–", "text": "", "word": word, "above": False}
     clear = beats_chance({"value": figure.value, "low": figure.low, "chance": figure.chance})
     unit = unit_of(metric)
     return {
         "sign": "●" if clear else "○", "text": number(figure.value, unit), "interval": interval(figure, unit), "n": figure.n,
-        "word": "above chance" if clear else "not told from chance", "metric": metric, "clear": clear,
+        "word": "above chance" if clear else "not told from chance", "metric": metric, "above": clear,
         "chance": None if figure.chance is None or unit == "±dB" else number(figure.chance, unit),
     }  # fmt: skip

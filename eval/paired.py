@@ -1,7 +1,7 @@
 """Paired differences: the same people, the same victims and the same seeds under two treatments.
 
-What the two share (hard faces, a lucky seed) cancels, so that a difference is known far better than either value. Utility is paired
-by the draws that each run keeps (`eval.recognition.verified`), attacks by their samples, one a target.
+What the two share (hard faces, a lucky seed) cancels, so that a difference is known far better than either value. Utility is
+paired by the draws that each run keeps (`eval.recognition.verified`), attacks by their samples, one a target.
 """
 
 from __future__ import annotations

@@ -41,11 +41,6 @@ HEADLINE = (
     "embedding_cosine", "auc",
 )  # fmt: skip
 UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
-COLUMNS = (
-    "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
-    "n", "chance", "ceiling", "baseline", "refused", "why", "round", "targets", "far", "note", "local_steps",
-    "judge",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -282,37 +277,3 @@ def defense_text(run: RunResult) -> str:
 def epsilon_text(epsilon: float) -> str:
     """Three figures, without an exponent."""
     return f"{epsilon:.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
-
-
-def gate_entries(runs: Sequence[RunResult]) -> list[Entry]:
-    """Everything a gate can judge: attack entries, and each run's utility as an entry named "utility"."""
-    out: list[Entry] = []
-    for run in runs:
-        measured = {k: v for k, v in run.about.get("utility", {}).items() if isinstance(v, Mapping)}
-        out.append({"attack": "utility", "threat": None, "run": run.path, "refused": None, "metrics": measured})
-        out += [{**entry, "run": run.path} for entry in run.entries]
-    return out
-
-
-def table(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """One row per run, seat, attack and metric, utility and baselines included; keys are `COLUMNS`."""
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        about = {"run": run.path, **{key: getattr(run, key) for key in ("algorithm", "defense", "epsilon", "seed")}}
-        rows += _rows({**about, "attack": "utility"}, run.about.get("utility", {}), run.about.get("baselines", {}))
-        for entry in run.entries:
-            keys = ("threat", "attack", "batch_size", "local_steps", "round", "targets", "refused")
-            head = {**about, **{key: entry.get(key) for key in keys}, "judge": (entry.get("judge") or {}).get("name")}
-            if entry.get("refused"):
-                rows.append(head)
-            rows += _rows(head, entry["metrics"], entry.get("baselines", {}))
-    return [{column: row.get(column) for column in COLUMNS} for row in rows]
-
-
-def _rows(
-    head: Mapping[str, Any], metrics: Mapping[str, Any], baselines: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    for baseline, measured in ((None, metrics), *baselines.items()):
-        for metric, value in measured.items():
-            if isinstance(value, Mapping):
-                yield {**value, **head, "baseline": baseline, "metric": metric}

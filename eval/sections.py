@@ -15,10 +15,8 @@ from eval.results import (
     Value,
     algorithm_name,
     beats_chance,
-    epsilon_text,
-    headline_metric,
 )
-from eval.wording import ATTACKS, BASELINES, GRANTS, SHORT, interval, number
+from eval.wording import ATTACKS, BASELINES, GRANTS, interval, number
 from fedgc.threats import THREATS
 
 WORTH_KEEPING = 0.02  # gain of AUC by training below which there is no share of it to speak of
@@ -44,59 +42,15 @@ def shown(value: Value | None, metric: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def seeds_apart(cell: Cell, metric: str) -> list[str]:
+    """Each seed's own value, where there are several: their spread is not in the mean."""
+    values, unit = cell.utility(metric).seeds, METRICS[metric][1]
+    return [f"seeds {', '.join(number(v, unit) for v in values)}"] if len(values) > 1 else []
+
+
 def seats_of(cells: Sequence[Cell]) -> list[str]:
     found = {e["threat"] for c in cells for r in c.runs for e in r.entries}
     return [s for s in SEATS if s in found] + sorted(found - set(SEATS))
-
-
-def headline(cells: Sequence[Cell]) -> dict[str, Any]:
-    """One row a cell: its promise, its utility beside the untrained net, and what each seat got out of it."""
-    seats = seats_of(cells)
-    rows: list[dict[str, Any]] = []
-    for cell in cells:
-        trained, untrained = cell.utility("auc"), cell.utility("auc", "untrained")
-        above = untrained.value is not None and trained.low is not None and trained.low > untrained.value
-        auc = {**shown(trained.json(), "auc"), "strong": above}
-        tar = {**shown(cell.utility("tar@far=0.1").json(), "tar@far=0.1"), "strong": False}
-        rows.append(
-            {
-                "label": cell.label,
-                "algorithm": algorithm_name(cell.algorithm),
-                "defense": cell.defense,
-                "epsilon": epsilon_text(cell.epsilon) if cell.epsilon is not None else "none",
-                "seeds": len(cell.runs),
-                "auc": auc,
-                "untrained": None if untrained.value is None else number(untrained.value, ""),
-                "tar": tar,
-                "seats": [_got(cell, seat) for seat in seats],
-            }
-        )
-    empty = {s for i, s in enumerate(seats) if not any(line["text"] for row in rows for line in row["seats"][i])}
-    for row in rows:
-        row["seats"] = [lines for seat, lines in zip(seats, row["seats"], strict=True) if seat not in empty]
-    return {"seats": [s for s in seats if s not in empty], "rows": rows, "empty": [s for s in seats if s in empty]}
-
-
-def _got(cell: Cell, seat: str) -> list[dict[str, Any]]:
-    """The headline figure of each attack from a seat, what clears chance first; or that all were refused."""
-    names = dict.fromkeys(e["attack"] for r in cell.runs for e in r.entries if e["threat"] == seat)
-    out = []
-    for attack in names:
-        entry = cell.first.leading(attack, seat)
-        if entry is None or entry.get("refused"):
-            continue
-        metric = headline_metric(entry)
-        if metric is None:
-            continue
-        value = shown(cell.attack(attack, seat, metric).json(), metric)
-        words = SHORT.get(metric, METRICS.get(metric, (metric, ""))[0])
-        value["n"] = cell.attack(attack, seat, metric).n
-        out.append({"attack": attack if value["text"] else f"{attack}: no value", "metric": words, **value})
-    out.sort(key=lambda line: not line["strong"])
-    refused = len(names) - len(out)
-    if refused:
-        out.append({"attack": "nothing to attack" if not out else f"{refused} refused", "text": "", "strong": False})
-    return out
 
 
 def threats(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -169,6 +123,8 @@ def utility(cells: Sequence[Cell]) -> dict[str, Any]:
         run = cell.first
         people, photos = (run.about.get("utility", {}).get(k) for k in ("identities", "images"))
         values = [shown(cell.utility(m).json() | _extra(run.utility(m)), m) for m in UTILITY]
+        for metric, value in zip(UTILITY, values, strict=True):
+            value["notes"] += seeds_apart(cell, metric)
         rows.append({"label": cell.label, "values": values, "kept": kept, "people": people, "photos": photos})
         for name in run.about.get("baselines", {}):
             if any((run.utility(m, name) or {}).get("value") is not None for m in UTILITY):

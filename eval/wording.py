@@ -64,6 +64,15 @@ HARMS = {  # what each attack is after, in the order of harm
     "correction-probe": "Other parties' class embeddings, from the correction",
     "canary-inference": "Which planted images were trained on",
 }
+WHO = {  # who sits in each seat
+    "server": "the server", "server-secagg": "a server behind secure aggregation", "client": "another client",
+    "probing-client": "a client that probes", "outsider": "an outsider",
+}  # fmt: skip
+BRIEF = {  # names beside points in figures
+    "identity-linkage": "people", "template-inversion": "faces", "gradient-inversion": "photos", "feature-inversion": "photos",
+    "embedding-recovery": "templates", "candidate-match": "known photo", "label-inference": "labels",
+    "membership-inference": "membership", "correction-probe": "correction", "canary-inference": "canaries",
+}  # fmt: skip
 BASELINES = {
     "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
     "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
@@ -73,6 +82,17 @@ BASELINES = {
     "another-reconstruction": "another victim's reconstruction", "genuine-photo": "a photo of the person itself",
     "model-that-knows-nobody": "a model that knows nobody", "absent-image": "an image that is not there",
 }  # fmt: skip
+CAPTIONS = {
+    "privacy-utility": "Utility above, the best attack of each seat below, over the ε of the whole run. 0 is a guess, 100 always "
+    "right; the small words say what the best attack got. Filled markers: the server; open markers: another client. Bars are "
+    "95 % intervals. Attacks are lower bounds: a point at chance is a failed attack, not a guarantee.",
+    "leakage-utility": "Each point is one configuration, labelled with its ε; crosses are 95 % intervals. Useful and "
+    "tight-lipped is up and to the left. The grey line is the front of those configurations that no other beats in both; points "
+    "whose crosses overlap may trade places on it.",
+    "attacks": "Each attack over ε. Filled markers: what the server found; open markers: what another client found. Bars are "
+    "95 % intervals. Where there are wedges, no attack on these steps can get more, and a short bar is the most for one photo in "
+    "the whole run; both come from the analysis, not from an attack.",
+}
 LEDGER = (
     (
         "Labels",
@@ -122,8 +142,9 @@ LIMITS = (
     "budget. An ε is an upper bound, from a proof. The two are never merged.",
     "Below 100 targets no sentence here says that something does not leak: 0 successes in 20 still allow 13.9 % (one-sided, "
     "95 %), 0 in 100 still allow 3.0 %.",
-    "Intervals resample people or victims, not training runs. Where a configuration has several seeds, its value is their mean "
-    "and its interval that of the first.",
+    "Intervals resample people or victims. Where a configuration has several seeds, its value is their mean; utility and paired "
+    "differences resample seeds and people together, while an attack's interval is that of the first seed.",
+    "Of each seat the best of several attacks is shown; it was chosen by these results, and so looks a little better than it is.",
     "PSNR and SSIM measure pixels, not whether a person can be recognised.",
     "Attacks that are not listed were not run; malicious servers, malicious clients and collusion are outside these figures "
     "unless a row names them.",
