@@ -111,7 +111,7 @@ def inline(figure: Drawn) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{figure.name}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\g<1>#{figure.name}-", text)
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img" aria-hidden="true"', text, count=1)
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg aria-hidden="true"', text, count=1)
 
 
 def _headline(cell: Cell) -> dict[str, Any]:
