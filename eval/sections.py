@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from eval.results import (
@@ -16,9 +17,11 @@ from eval.results import (
     algorithm_name,
     beats_chance,
 )
-from eval.wording import ATTACKS, BASELINES, GRANTS, interval, number
+from eval.wording import ATTACKS, BASELINES, GRANTS, HARMS, interval, number
 from fedgc.threats import THREATS
 
+DECIMAL = re.compile(r"\d+\.\d+")
+BRIEF_NOTE = 36  # letters that a note in a cell may have; what is longer stands below the table
 WORTH_KEEPING = 0.02  # gain of AUC by training below which there is no share of it to speak of
 
 
@@ -34,11 +37,13 @@ def shown(value: Value | None, metric: str) -> dict[str, Any]:
     notes = [f"realised FAR {value['far']:.3f}"] if value.get("far") is not None else []
     notes += [f"ceiling {number(value['ceiling'], unit)}"] if value.get("ceiling") is not None else []
     notes += [f"{value['exact']} exact copies"] if value.get("exact") else []
-    notes += [str(value["note"]).partition(":")[0]] if value.get("note") else []
+    remark = str(value.get("note") or "")
+    notes += [brief if len(brief := remark.partition(":")[0]) <= BRIEF_NOTE else "see note"] if remark else []
     chance = value.get("chance") if unit != "±dB" else None
     return {
         **cell, "text": number(value["value"], unit), "interval": interval(value, unit), "notes": notes,
         "strong": beats_chance(value), "chance": "" if chance is None else number(chance, unit),
+        "why": remark if notes and notes[-1] == "see note" else "",
     }  # fmt: skip
 
 
@@ -176,8 +181,28 @@ def attacks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         names = [METRICS.get(m, (m, ""))[0] for m in metrics]
         settings = sorted({_settings(e) for _, _, e in entries} - {""})
         words = ATTACKS.get(attack, "")
-        out.append({"name": attack, "words": words, "metrics": names, "groups": groups, "settings": settings})
-    return out
+        whys = once(dict.fromkeys(
+            (f"{name}, {v['notes'][0]}" if not v["text"] else name, v["why"])
+            for g in groups for row in g["rows"] for name, v in zip(names, row["values"], strict=True) if v["why"]
+        ))  # fmt: skip
+        named = {"name": attack, "words": words, "metrics": names, "settings": settings}
+        out.append({**named, "groups": groups, "whys": whys})
+    return sorted(out, key=lambda a: list(HARMS).index(a["name"]) if a["name"] in HARMS else len(HARMS))
+
+
+def once(remarks: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Remarks (about what, text); those that differ in one decimal number only as one, with the least and the greatest."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for what, text in remarks:
+        decimals = DECIMAL.findall(text)
+        key = (what, DECIMAL.sub("{}", text)) if len(decimals) == 1 and "{" not in text else (what, text)
+        found.setdefault(key, []).extend(decimals if key[1] != text else [])
+    return [(what, text.format(_ends(values)) if values else text) for (what, text), values in found.items()]
+
+
+def _ends(values: Sequence[str]) -> str:
+    low, high = min(values, key=float), max(values, key=float)
+    return low if low == high else f"{low} to {high}"
 
 
 def _seat(seat: str, entries: Sequence[tuple[Cell, RunResult, Entry]], metrics: Sequence[str]) -> dict[str, Any]:
