@@ -164,12 +164,16 @@ def over_seeds(values: Sequence[float], draws: Sequence[ArrayLike], n: int, rng:
     """Mean of the values of several seeds, (seed, person) resampled together: each draw takes as many seeds, with replacement,
     and of each its draw of people. values: one a seed; draws: (draws,) of each; n: people of a seed.
 
-    With few seeds the interval is a little narrow: S of them show (S - 1)/S of the spread between seeds.
+    S seeds show (S - 1)/S of the variance between seeds, which is made up for. Where seeds hardly differ, the chance of who is
+    in the test is counted twice, and the interval is wide (by simulation: 98 % of five seeds hold the truth).
     """
     stacked = np.stack([np.asarray(d, dtype=np.float64) for d in draws])
     chosen = rng.integers(0, len(stacked), size=stacked.shape)
     value = float(np.mean(values))
-    low, high = percentile_interval(value, np.take_along_axis(stacked, chosen, axis=0).mean(axis=0))
+    samples = np.take_along_axis(stacked, chosen, axis=0).mean(axis=0)
+    count = len(stacked)
+    samples = value + math.sqrt(count / max(1, count - 1)) * (samples - value)
+    low, high = percentile_interval(value, samples)
     return Measured(value, low, high, n)
 
 
