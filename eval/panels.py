@@ -146,6 +146,7 @@ def epsilon_panel(panel: Axes, cells: Sequence[Cell], place: Places) -> None:
                             x, v.high, marker=7, ms=7, color=STYLES.get(algorithm, OTHER)[0], mfc="white", ls="none"
                         )
     panel.set_yscale("symlog", linthresh=1.0)
+    panel.yaxis.set_major_formatter("{x:g}")
     panel.set_ylim(bottom=-0.1)
     panel.set_ylabel("ε at least")
     panel.set_title(f"What canaries show of ε, below what is promised (n = {counts(sizes)} canaries)", loc="left")

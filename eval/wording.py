@@ -85,7 +85,9 @@ BASELINES = {
 CAPTIONS = {
     "privacy-utility": "Utility above, the best attack of each seat below, over the ε of the whole run. 0 is a guess, 100 always "
     "right; the small words say what the best attack got. Filled markers: the server; open markers: another client. Bars are "
-    "95 % intervals. Attacks are lower bounds: a point at chance is a failed attack, not a guarantee.",
+    "95 % intervals. Attacks are lower bounds: a point at chance is a failed attack, not a guarantee. "
+    "Where canaries were planted, the last panel shows the ε that they prove beside the promised one; wedges are what they would "
+    "prove if every guess were right.",
     "leakage-utility": "Each point is one configuration, labelled with its ε; crosses are 95 % intervals. Useful and "
     "tight-lipped is up and to the left. The grey line is the front of those configurations that no other beats in both; points "
     "whose crosses overlap may trade places on it.",
