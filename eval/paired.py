@@ -149,7 +149,7 @@ def _pair(one: RunResult, other: RunResult, x: Entry, y: Entry, metric: str) -> 
     if not alike or same[0] != same[1] or splits[0] != splits[1] or metric not in (*HITS, *VALUES):
         return None
     steps = x.get("batch_size") is not None
-    left, right = (_samples(e, metric, steps) for e in (x, y))
+    left, right = (_samples(run.samples(e), metric, steps) for run, e in ((one, x), (other, y)))
     keys = [key for key in left if key in right]
     if not keys:
         return None
@@ -157,11 +157,11 @@ def _pair(one: RunResult, other: RunResult, x: Entry, y: Entry, metric: str) -> 
     return Pair(a, b, np.array([key[1] for key in keys], dtype=np.int64))
 
 
-def _samples(entry: Entry, metric: str, steps: bool) -> dict[tuple[int, int], float]:
+def _samples(samples: Sequence[Mapping[str, Any]], metric: str, steps: bool) -> dict[tuple[int, int], float]:
     """Value of each target: of a recorded step by its number and person, else by person."""
     column, limit = HITS.get(metric, (VALUES.get(metric, ("", ""))[0], None))
     out = {}
-    for sample in entry.get("samples") or ():
+    for sample in samples:
         value = sample.get(column)
         if value is not None:
             key = (int(sample["target"]) if steps else 0, int(sample["class"]))

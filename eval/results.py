@@ -49,7 +49,8 @@ class RunResult:
 
     about: run.json; config: config.toml, parsed; attacks: entries of ``attack --json`` or of the summary.json files;
     pictures: originals and reconstructions of an entry, float32 (n, 3, H, W) in [0, 1] in the order of its samples,
-    or None where it has none; draws: "net/figure" of utility in each draw of people, (draws,), empty where none were kept.
+    or None where it has none; draws: "net/figure" of utility in each draw of people, (draws,), empty where none were kept;
+    samples: rows of an entry's targets that are not in the entry itself, as they may be read by the owner only.
     """
 
     path: str
@@ -58,6 +59,7 @@ class RunResult:
     attacks: Sequence[Entry]
     pictures: Callable[[Entry], tuple[Tensor, Tensor] | None]
     draws: Callable[[], Mapping[str, NDArray[np.float64]]] = dict
+    samples: Callable[[Entry], Sequence[Mapping[str, Any]]] = lambda entry: entry.get("samples") or ()
 
     @property
     def algorithm(self) -> str:
