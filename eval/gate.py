@@ -59,7 +59,7 @@ def parse(expression: str) -> Gate:
 def failing(expression: str, entries: Sequence[Entry]) -> list[str]:
     """One line for each entry that makes the expression true, and, if any does, one for each that could not be judged.
 
-    entries: `eval.results.gate_entries`, or entries of ``attack --json`` and documents of ``train --json``. Empty where
+    entries: `eval.rows.gate_entries`, or entries of ``attack --json`` and documents of ``train --json``. Empty where
     the gate holds: what was refused or has no value does not trip it (see `unjudged`). Raises UsageError for an expression
     that is no comparison, or that names an attack, seat or metric which no entry has.
     """

@@ -37,7 +37,7 @@ def _client_sentence(weakest: Sequence[Cell]) -> str:
         elif entry.get("refused"):
             withheld = "class-embeddings" not in entry.get("granted", ())
             reach = "no other client's class embedding reaches it" if withheld else "the attack could not start"
-            parts.append(f"under {_name(cell)} {reach}")
+            parts.append(f"under {_name(cell)} {reach}{_still(cell)}")
         else:
             found = cell.attack("identity-linkage", "client", "rank1")
             parts.append(
@@ -46,6 +46,15 @@ def _client_sentence(weakest: Sequence[Cell]) -> str:
                 else f"under {_name(cell)} a curious client's attempts to re-identify people gave no figure ({found.why})"
             )
     return _sentence("; ".join(parts) or "no federated run was attacked")
+
+
+def _still(cell: Cell) -> str:
+    """What a client gets all the same, where no class embedding reaches it."""
+    gain = cell.attack("gradient-inversion", "client", "psnr_gain")
+    if gain.value is None or not _above(gain):
+        return ""
+    found = f"{measured(gain, 'psnr_gain')} above the mean face ({_caveats(gain)})"
+    return f", but it rebuilds single photos from the others' mean update at {found}"
 
 
 def _server_sentence(weakest: Sequence[Cell]) -> str:
@@ -79,22 +88,16 @@ def _bought(cells: Sequence[Cell]) -> str:
     promised = [c for c in cells if c.epsilon is not None]
     if not promised:
         return f"No run was trained with differential privacy, so that nothing bounds what a better attack finds: {NO_GUARANTEE}."
-    alone: list[str] = []
-    ways: dict[str, list[tuple[Cell, Cell]]] = {}
+    parts = []
     for algorithm in dict.fromkeys(c.algorithm for c in promised):
         mine = [c for c in cells if c.algorithm == algorithm]
         first, last = mine[0], [c for c in mine if c.epsilon is not None][-1]
         if first is last:
-            alone.append(f"at {_promise(last)}, AUC is {_auc(last)} under {algorithm_name(algorithm)}")
-        else:
-            ways.setdefault(f"from {defense_text(first.first)} to {_promise(last)}", []).append((first, last))
-    parts = alone
-    for way, ends in ways.items():
-        aucs = [_change(_auc(first), _auc(last), last) for first, last in ends]
-        shares = [text for first, last in ends if (text := _shares(first, last))]
-        parts.append(f"{way}, AUC goes {_listed(aucs)}")
-        if shares:
-            parts.append(f"the share of people whom the server names goes {_listed(shares)}")
+            parts.append(f"under {algorithm_name(algorithm)} at {_promise(last)}, AUC is {_auc(last)}")
+            continue
+        way = f"under {algorithm_name(algorithm)}, from {defense_text(first.first)} to {_promise(last)}"
+        shares = _shares(first, last)
+        parts.append(f"{way}, AUC goes from {_plain(first)} to {_auc(last)}{f', and {shares}' if shares else ''}")
     return f"{_sentence('; '.join(parts))[:-1]}; {NO_GUARANTEE}."
 
 
@@ -102,11 +105,12 @@ def _shares(first: Cell, last: Cell) -> str:
     before, after = (c.attack("identity-linkage", "server", "rank1") for c in (first, last))
     if before.value is None or after.value is None:
         return ""
-    return _change(measured(before, "rank1"), _rate(after, ""), last)
+    return f"the share of people whom the server names from {measured(before, 'rank1')} to {_rate(after, '')}"
 
 
-def _change(before: str, after: str, cell: Cell) -> str:
-    return f"from {before} to {after} under {algorithm_name(cell.algorithm)}"
+def _plain(cell: Cell) -> str:
+    trained = cell.utility("auc")
+    return f"no figure ({trained.why})" if trained.value is None else measured(trained, "auc")
 
 
 def _promise(cell: Cell) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eval.envelope import worst
 from eval.results import Cell, Spread
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ RC: Any = {
 
 
 OTHER = (INK, "*")
-UNTRAINED, BASE = "untrained net", "chance, or mean face"
+UNTRAINED, PUBLIC, BASE = "untrained net", "public-only net", "chance, or mean face"
+REFERENCES = (UNTRAINED, PUBLIC, BASE)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Measure:
     factor: float = 1.0
 
 
+WORST = Measure("*", "advantage", "The best attack", "advantage over\nchance, %", 100)
 MEASURES = (
     Measure("identity-linkage", "rank1", "People named from class embeddings", "rank 1, %", 100),
     Measure("correction-probe", "reached", "Strangers read from the correction", "guesses on a\nstranger, %", 100),
@@ -68,6 +71,10 @@ class Drawn:
 
 
 def leakage(cell: Cell, measure: Measure, seat: str) -> Spread:
+    """What an attack got from a seat; of `WORST`, the advantage of the best attack there."""
+    if measure is WORST:
+        best = worst(cell, seat)
+        return Spread(None) if best is None else Spread(best.value, best.low, best.high, best.n, 0.0)
     return cell.attack(measure.attack, seat, measure.metric)
 
 
@@ -76,8 +83,11 @@ def has_both(cell: Cell, measure: Measure, seat: str) -> bool:
 
 
 def all_refused(mine: Sequence[Cell], measure: Measure, seat: str) -> bool:
-    entries = [run.leading(measure.attack, seat) for c in mine for run in c.runs]
-    return bool(entries) and all(e is not None and e.get("refused") for e in entries)
+    if measure is WORST:
+        entries = [e for c in mine for run in c.runs for e in run.entries if e["threat"] == seat]
+        return bool(entries) and all(e.get("refused") for e in entries)
+    leading = [run.leading(measure.attack, seat) for c in mine for run in c.runs]
+    return bool(leading) and all(e is not None and e.get("refused") for e in leading)
 
 
 def by_algorithm(cells: Sequence[Cell]) -> Iterator[tuple[str, list[Cell]]]:
@@ -93,8 +103,9 @@ def counts(counts: set[int | None]) -> str:
 def shared_legend(figure: Figure, panels: Iterable[Axes]) -> None:
     """One legend for all panels, below them."""
     entries = {label: handle for p in panels for handle, label in zip(*p.get_legend_handles_labels(), strict=True)}
-    entries = dict(sorted(entries.items(), key=lambda item: item[0] in (UNTRAINED, BASE)))
-    columns = len(entries) if len(entries) <= 4 else 3
+    entries = dict(sorted(entries.items(), key=lambda item: item[0] in REFERENCES))
+    widest = max(map(len, entries), default=0)
+    columns = len(entries) if len(entries) <= 4 and widest < 30 else 2 if widest > 32 else 3
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=2.4
     )
@@ -109,7 +120,9 @@ def in_words(cells: Sequence[Cell], measures: Sequence[Measure]) -> str:
             for seat in ATTACKED:
                 leak = leakage(cell, measure, seat).value
                 if leak is not None:
-                    parts.append(f"{measure.title.lower()} from the {seat} {measure.factor * leak:.1f}")
+                    name = f" ({best.attack})" if measure is WORST and (best := worst(cell, seat)) else ""
+                    unit = measure.axis.replace("\n", " ").rpartition(", ")[2]
+                    parts.append(f"{measure.title.lower()} from the {seat}{name} {measure.factor * leak:.1f} {unit}")
         lines.append(f"{cell.label}: {', '.join(parts) or 'no figure'}")
     return ". ".join(lines) + "."
 

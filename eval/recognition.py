@@ -38,28 +38,46 @@ def verification(
     draws: int = DRAWS,
     rng: np.random.Generator,
 ) -> dict[str, Measured | int]:
-    """Utility on people never trained on: "auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1" (`Measured`),
-    "identities", "images".
+    """The figures of `verified`, without its draws."""
+    return verified(test_embeddings, test_labels, calib_embeddings, calib_labels, draws=draws, rng=rng)[0]
 
-    Thresholds come from the calibration set and both sets are resampled, by identity. Raises `UsageError` for
-    malformed input and `WorkFailedError` for embeddings that are not finite (a diverged model).
+
+def verified(
+    test_embeddings: Array,
+    test_labels: ArrayLike,
+    calib_embeddings: Array,
+    calib_labels: ArrayLike,
+    *,
+    draws: int = DRAWS,
+    rng: np.random.Generator,
+) -> tuple[dict[str, Measured | int], dict[str, Floats]]:
+    """Utility on people never trained on: "auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1" (`Measured`),
+    "identities", "images"; and (draws,) what each verification figure is in each draw of people.
+
+    Thresholds come from the calibration set and both sets are resampled, by identity. Which people a draw holds depends on
+    ``rng`` and on their numbers alone: two models of the same people and the same generator see the same draws, so that
+    the draws' differences are those of paired resampling. Raises `UsageError` for malformed input and `WorkFailedError`
+    for embeddings that are not finite (a diverged model).
     """
     test = PairScores.from_embeddings(test_embeddings, test_labels)
     calib = PairScores.from_embeddings(calib_embeddings, calib_labels)
     n = test.identities
     result: dict[str, Measured | int] = {}
+    drawn: dict[str, Floats] = {}
     why = test.why_not
     if why:
         result |= {name: Measured.unsupported(why, n) for name in ("auc", "eer", *map(_tar_name, FAR_TARGETS))}
     else:
-        result |= _verification_rates(test, calib, draws, rng)
+        measured, drawn = _verification_rates(test, calib, draws, rng)
+        result |= measured
     result["rank1"] = closed_set_rank1(test_embeddings, test_labels, draws=draws, rng=rng)
-    return result | {"identities": n, "images": test.images}
+    return result | {"identities": n, "images": test.images}, drawn
 
 
 def _verification_rates(
     test: PairScores, calib: PairScores, draws: int, rng: np.random.Generator
-) -> dict[str, Measured]:
+) -> tuple[dict[str, Measured], dict[str, Floats]]:
+    """Each figure, and its draws where it is supported."""
     n = test.identities
     weights = identity_weights(n, draws, rng)
     limits = calib.thresholds(FAR_TARGETS, identity_weights(calib.identities, draws, rng))
@@ -75,6 +93,7 @@ def _verification_rates(
         "auc": measured_rate(float(whole.auc()[0]), auc, n, chance=0.5, note=note),
         "eer": measured_rate(float(whole.eer()[0]), eer, n, chance=0.5, note=note),
     }
+    drawn = {"auc": auc, "eer": eer}
     for column, target in enumerate(FAR_TARGETS):
         verdicts = support(target, calib.identities, "calibration"), support(target, n, "test")
         refusal = next((refused for refused, _ in verdicts if refused), None)
@@ -84,7 +103,8 @@ def _verification_rates(
         note = "; ".join(remark for _, remark in verdicts if remark) or None
         value, far = 1 - test.fnmr(limit[column]), test.fmr(limit[column])
         result[_tar_name(target)] = measured_rate(value, tars[column], n, chance=target, note=note, far=far)
-    return result
+        drawn[_tar_name(target)] = tars[column]
+    return result, drawn
 
 
 def closed_set_rank1(embeddings: Array, labels: ArrayLike, *, draws: int = DRAWS, rng: np.random.Generator) -> Measured:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import re
 from collections.abc import Sequence
@@ -11,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from eval import pictures, provenance, sections
-from eval.curves import Drawn, curves
+from eval.comparisons import comparisons
+from eval.curves import curves
 from eval.empirical import empirical
+from eval.front import front
+from eval.modelcard import model_card
 from eval.narrative import accounting, verdict
-from eval.results import COLUMNS, Cell, RunResult, cells, table
-from eval.wording import LEDGER, LIMITS
+from eval.plotting import Drawn
+from eval.results import Cell, RunResult, algorithm_name, cells, headline_metric
+from eval.rows import COLUMNS, table
+from eval.wording import CAPTIONS, LEDGER, LIMITS
 from fedgc.errors import UsageError
 from fedgc.files import PRIVATE, SHARED, make_folder, write_bytes, write_json, write_text
 
 SCHEMA = 1
-TEMPLATE, STYLE = "report.template.html", "report.css"
+TEMPLATE, STYLE, SCRIPT = "report.template.html", "report.css", "report.js"
 WITHHELD = (
     "This copy was made to be shared: neither private photos nor pictures made from them are in it. Build the report "
     "without --no-originals to see them."
@@ -42,7 +49,7 @@ def build(
     drawn = curves(grouped)
     grids = pictures.grids(grouped) if originals else []
     said = verdict(grouped)
-    page = _page(runs, grouped, drawn, grids, said, originals, commands)
+    page = _page(runs, grouped, drawn, grids, originals, commands)
     make_folder(out / "figures")
     for figure in drawn:
         write_bytes(out / "figures" / f"{figure.name}.svg", figure.svg)
@@ -61,29 +68,38 @@ def build(
 
 def _page(
     runs: Sequence[RunResult], grouped: Sequence[Cell], drawn: Sequence[Drawn], grids: Sequence[dict[str, Any]],
-    said: Sequence[str], originals: bool, commands: Sequence[str],
+    originals: bool, commands: Sequence[str],
 ) -> str:  # fmt: skip
     import jinja2
     from markupsafe import Markup
 
-    folder = resources.files("eval")
+    def text(name: str) -> str:
+        return (resources.files("eval") / name).read_text(encoding="utf-8")
+
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string((folder / TEMPLATE).read_text(encoding="utf-8"))
-    return template.render(
-        style=Markup((folder / STYLE).read_text(encoding="utf-8")),
-        title=_title(grouped), verdict=said, headline=sections.headline(grouped), threats=sections.threats(grouped),
-        utility=sections.utility(grouped), attacks=sections.attacks(grouped), ledger=LEDGER,
+        loader=jinja2.FunctionLoader(text), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    script = text(SCRIPT)
+    return environment.get_template(TEMPLATE).render(
+        style=Markup(text(STYLE)), script=Markup(script), script_hash=_hash(script), title=_title(grouped),
+        front=front(grouped), threats=sections.threats(grouped), utility=sections.utility(grouped),
+        attacks=sections.attacks(grouped), ledger=LEDGER, captions=CAPTIONS, comparisons=comparisons(grouped),
         figures=[{"svg": Markup(inline(f)), "alt": f.alt, "name": f.name} for f in drawn],
         originals=originals, withheld=WITHHELD, grids=grids, selection=pictures.SELECTION,
         accounting=accounting(grouped), empirical=empirical(grouped), limits=LIMITS, data=provenance.data(runs),
-        reproduction=provenance.reproduction(runs, commands), seeds=any(len(c.runs) > 1 for c in grouped),
+        card=model_card(grouped), reproduction=provenance.reproduction(runs, commands),
+        seeds=any(len(c.runs) > 1 for c in grouped),
     )  # fmt: skip
 
 
+def _hash(script: str) -> str:
+    """Of the only script that a browser may run in the page (Content-Security-Policy)."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
 def _title(grouped: Sequence[Cell]) -> str:
-    names = list(dict.fromkeys(sections.algorithm_name(c.algorithm) for c in grouped))
+    names = list(dict.fromkeys(algorithm_name(c.algorithm) for c in grouped))
     return f"What leaks, and to whom: {', '.join(names)}"
 
 
@@ -95,7 +111,7 @@ def inline(figure: Drawn) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{figure.name}-', text)
     text = re.sub(r'(url\(|href=")#', rf"\g<1>#{figure.name}-", text)
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg role="img" aria-hidden="true"', text, count=1)
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"', '<svg aria-hidden="true"', text, count=1)
 
 
 def _headline(cell: Cell) -> dict[str, Any]:
@@ -103,7 +119,7 @@ def _headline(cell: Cell) -> dict[str, Any]:
     first = cell.first
     leakage = []
     for entry in first.entries:
-        metric = sections.headline_metric(entry)
+        metric = headline_metric(entry)
         if entry.get("refused") or metric is None or entry != first.leading(entry["attack"], entry["threat"]):
             continue
         measured = cell.attack(entry["attack"], entry["threat"], metric).json()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from eval.statistics import over_seeds
 
 Entry = dict[str, Any]
 Value = Mapping[str, Any]
@@ -37,11 +41,6 @@ HEADLINE = (
     "embedding_cosine", "auc",
 )  # fmt: skip
 UTILITY = ("auc", "eer", "tar@far=0.1", "tar@far=0.01", "rank1")
-COLUMNS = (
-    "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
-    "n", "chance", "ceiling", "baseline", "refused", "why", "round", "targets", "far", "note", "local_steps",
-    "judge",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ class RunResult:
 
     about: run.json; config: config.toml, parsed; attacks: entries of ``attack --json`` or of the summary.json files;
     pictures: originals and reconstructions of an entry, float32 (n, 3, H, W) in [0, 1] in the order of its samples,
-    or None where it has none.
+    or None where it has none; draws: "net/figure" of utility in each draw of people, (draws,), empty where none were kept;
+    samples: rows of an entry's targets that are not in the entry itself, as they may be read by the owner only.
     """
 
     path: str
@@ -58,6 +58,8 @@ class RunResult:
     config: dict[str, Any]
     attacks: Sequence[Entry]
     pictures: Callable[[Entry], tuple[Tensor, Tensor] | None]
+    draws: Callable[[], Mapping[str, NDArray[np.float64]]] = dict
+    samples: Callable[[Entry], Sequence[Mapping[str, Any]]] = lambda entry: entry.get("samples") or ()
 
     @property
     def algorithm(self) -> str:
@@ -161,7 +163,15 @@ class Cell:
         return self.first.defense
 
     def utility(self, metric: str, baseline: str | None = None) -> Spread:
-        return Spread.of([run.utility(metric, baseline) for run in self.runs])
+        """Over seeds; with several, the interval is that of seeds and people together where every run kept its draws."""
+        found = Spread.of([run.utility(metric, baseline) for run in self.runs])
+        draws = (
+            [run.draws().get(f"{baseline or 'trained'}/{metric}") for run in self.runs] if len(found.seeds) > 1 else []
+        )
+        if found.n is None or len(draws) != len(found.seeds) or any(d is None for d in draws):
+            return found
+        joint = over_seeds(found.seeds, [d for d in draws if d is not None], found.n, np.random.default_rng(0))
+        return replace(found, low=joint.low, high=joint.high)
 
     def attack(self, attack: str, threat: str, metric: str) -> Spread:
         entries = [run.leading(attack, threat) for run in self.runs]
@@ -170,7 +180,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measured value over seeds: the mean of their values; interval, n and chance are those of the first with a value."""
+    """A measured value over seeds: the mean of their values; interval, n and chance are those of the first with a value,
+    unless the caller knows better."""
 
     value: float | None
     low: float | None = None
@@ -268,37 +279,3 @@ def defense_text(run: RunResult) -> str:
 def epsilon_text(epsilon: float) -> str:
     """Three figures, without an exponent."""
     return f"{epsilon:.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
-
-
-def gate_entries(runs: Sequence[RunResult]) -> list[Entry]:
-    """Everything a gate can judge: attack entries, and each run's utility as an entry named "utility"."""
-    out: list[Entry] = []
-    for run in runs:
-        measured = {k: v for k, v in run.about.get("utility", {}).items() if isinstance(v, Mapping)}
-        out.append({"attack": "utility", "threat": None, "run": run.path, "refused": None, "metrics": measured})
-        out += [{**entry, "run": run.path} for entry in run.entries]
-    return out
-
-
-def table(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """One row per run, seat, attack and metric, utility and baselines included; keys are `COLUMNS`."""
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        about = {"run": run.path, **{key: getattr(run, key) for key in ("algorithm", "defense", "epsilon", "seed")}}
-        rows += _rows({**about, "attack": "utility"}, run.about.get("utility", {}), run.about.get("baselines", {}))
-        for entry in run.entries:
-            keys = ("threat", "attack", "batch_size", "local_steps", "round", "targets", "refused")
-            head = {**about, **{key: entry.get(key) for key in keys}, "judge": (entry.get("judge") or {}).get("name")}
-            if entry.get("refused"):
-                rows.append(head)
-            rows += _rows(head, entry["metrics"], entry.get("baselines", {}))
-    return [{column: row.get(column) for column in COLUMNS} for row in rows]
-
-
-def _rows(
-    head: Mapping[str, Any], metrics: Mapping[str, Any], baselines: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    for baseline, measured in ((None, metrics), *baselines.items()):
-        for metric, value in measured.items():
-            if isinstance(value, Mapping):
-                yield {**value, **head, "baseline": baseline, "metric": metric}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from eval.results import (
@@ -15,12 +16,12 @@ from eval.results import (
     Value,
     algorithm_name,
     beats_chance,
-    epsilon_text,
-    headline_metric,
 )
-from eval.wording import ATTACKS, BASELINES, GRANTS, SHORT, interval, number
+from eval.wording import ATTACKS, BASELINES, GRANTS, HARMS, interval, number
 from fedgc.threats import THREATS
 
+DECIMAL = re.compile(r"\d+\.\d+")
+BRIEF_NOTE = 36  # letters that a note in a cell may have; what is longer stands below the table
 WORTH_KEEPING = 0.02  # gain of AUC by training below which there is no share of it to speak of
 
 
@@ -36,67 +37,25 @@ def shown(value: Value | None, metric: str) -> dict[str, Any]:
     notes = [f"realised FAR {value['far']:.3f}"] if value.get("far") is not None else []
     notes += [f"ceiling {number(value['ceiling'], unit)}"] if value.get("ceiling") is not None else []
     notes += [f"{value['exact']} exact copies"] if value.get("exact") else []
-    notes += [str(value["note"]).partition(":")[0]] if value.get("note") else []
+    remark = str(value.get("note") or "")
+    notes += [brief if len(brief := remark.partition(":")[0]) <= BRIEF_NOTE else "see note"] if remark else []
     chance = value.get("chance") if unit != "±dB" else None
     return {
         **cell, "text": number(value["value"], unit), "interval": interval(value, unit), "notes": notes,
         "strong": beats_chance(value), "chance": "" if chance is None else number(chance, unit),
+        "why": remark if notes and notes[-1] == "see note" else "",
     }  # fmt: skip
+
+
+def seeds_apart(cell: Cell, metric: str) -> list[str]:
+    """Each seed's own value, where there are several: their spread is not in the mean."""
+    values, unit = cell.utility(metric).seeds, METRICS[metric][1]
+    return [f"seeds {', '.join(number(v, unit) for v in values)}"] if len(values) > 1 else []
 
 
 def seats_of(cells: Sequence[Cell]) -> list[str]:
     found = {e["threat"] for c in cells for r in c.runs for e in r.entries}
     return [s for s in SEATS if s in found] + sorted(found - set(SEATS))
-
-
-def headline(cells: Sequence[Cell]) -> dict[str, Any]:
-    """One row a cell: its promise, its utility beside the untrained net, and what each seat got out of it."""
-    seats = seats_of(cells)
-    rows: list[dict[str, Any]] = []
-    for cell in cells:
-        trained, untrained = cell.utility("auc"), cell.utility("auc", "untrained")
-        above = untrained.value is not None and trained.low is not None and trained.low > untrained.value
-        auc = {**shown(trained.json(), "auc"), "strong": above}
-        tar = {**shown(cell.utility("tar@far=0.1").json(), "tar@far=0.1"), "strong": False}
-        rows.append(
-            {
-                "label": cell.label,
-                "algorithm": algorithm_name(cell.algorithm),
-                "defense": cell.defense,
-                "epsilon": epsilon_text(cell.epsilon) if cell.epsilon is not None else "none",
-                "seeds": len(cell.runs),
-                "auc": auc,
-                "untrained": None if untrained.value is None else number(untrained.value, ""),
-                "tar": tar,
-                "seats": [_got(cell, seat) for seat in seats],
-            }
-        )
-    empty = {s for i, s in enumerate(seats) if not any(line["text"] for row in rows for line in row["seats"][i])}
-    for row in rows:
-        row["seats"] = [lines for seat, lines in zip(seats, row["seats"], strict=True) if seat not in empty]
-    return {"seats": [s for s in seats if s not in empty], "rows": rows, "empty": [s for s in seats if s in empty]}
-
-
-def _got(cell: Cell, seat: str) -> list[dict[str, Any]]:
-    """The headline figure of each attack from a seat, what clears chance first; or that all were refused."""
-    names = dict.fromkeys(e["attack"] for r in cell.runs for e in r.entries if e["threat"] == seat)
-    out = []
-    for attack in names:
-        entry = cell.first.leading(attack, seat)
-        if entry is None or entry.get("refused"):
-            continue
-        metric = headline_metric(entry)
-        if metric is None:
-            continue
-        value = shown(cell.attack(attack, seat, metric).json(), metric)
-        words = SHORT.get(metric, METRICS.get(metric, (metric, ""))[0])
-        value["n"] = cell.attack(attack, seat, metric).n
-        out.append({"attack": attack if value["text"] else f"{attack}: no value", "metric": words, **value})
-    out.sort(key=lambda line: not line["strong"])
-    refused = len(names) - len(out)
-    if refused:
-        out.append({"attack": "nothing to attack" if not out else f"{refused} refused", "text": "", "strong": False})
-    return out
 
 
 def threats(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -169,6 +128,8 @@ def utility(cells: Sequence[Cell]) -> dict[str, Any]:
         run = cell.first
         people, photos = (run.about.get("utility", {}).get(k) for k in ("identities", "images"))
         values = [shown(cell.utility(m).json() | _extra(run.utility(m)), m) for m in UTILITY]
+        for metric, value in zip(UTILITY, values, strict=True):
+            value["notes"] += seeds_apart(cell, metric)
         rows.append({"label": cell.label, "values": values, "kept": kept, "people": people, "photos": photos})
         for name in run.about.get("baselines", {}):
             if any((run.utility(m, name) or {}).get("value") is not None for m in UTILITY):
@@ -220,8 +181,28 @@ def attacks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         names = [METRICS.get(m, (m, ""))[0] for m in metrics]
         settings = sorted({_settings(e) for _, _, e in entries} - {""})
         words = ATTACKS.get(attack, "")
-        out.append({"name": attack, "words": words, "metrics": names, "groups": groups, "settings": settings})
-    return out
+        whys = once(dict.fromkeys(
+            (f"{name}, {v['notes'][0]}" if not v["text"] else name, v["why"])
+            for g in groups for row in g["rows"] for name, v in zip(names, row["values"], strict=True) if v["why"]
+        ))  # fmt: skip
+        named = {"name": attack, "words": words, "metrics": names, "settings": settings}
+        out.append({**named, "groups": groups, "whys": whys})
+    return sorted(out, key=lambda a: list(HARMS).index(a["name"]) if a["name"] in HARMS else len(HARMS))
+
+
+def once(remarks: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Remarks (about what, text); those that differ in one decimal number only as one, with the least and the greatest."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for what, text in remarks:
+        decimals = DECIMAL.findall(text)
+        key = (what, DECIMAL.sub("{}", text)) if len(decimals) == 1 and "{" not in text else (what, text)
+        found.setdefault(key, []).extend(decimals if key[1] != text else [])
+    return [(what, text.format(_ends(values)) if values else text) for (what, text), values in found.items()]
+
+
+def _ends(values: Sequence[str]) -> str:
+    low, high = min(values, key=float), max(values, key=float)
+    return low if low == high else f"{low} to {high}"
 
 
 def _seat(seat: str, entries: Sequence[tuple[Cell, RunResult, Entry]], metrics: Sequence[str]) -> dict[str, Any]:

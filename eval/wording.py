@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eval.results import Spread
+from eval.results import METRICS, Spread
 
 NO_GUARANTEE = "a failed attack is not a guarantee"
 MINUS = "\N{MINUS SIGN}"
@@ -52,6 +52,27 @@ SHORT = {  # metrics where space is short, after their value
     "label_accuracy": "of labels found", "auc": "AUC", "epsilon_lower_bound": "ε at least",
     "sar1@fmr=0.01": "accepted as the photo", "sar2@fmr=0.01": "accepted as the person",
 }  # fmt: skip
+HARMS = {  # what each attack is after, in the order of harm
+    "identity-linkage": "Names the people behind class embeddings",
+    "template-inversion": "Faces of people, from class embeddings",
+    "gradient-inversion": "Photos rebuilt, from one step on one photo",
+    "feature-inversion": "Photos rebuilt, from the last layers of that step",
+    "embedding-recovery": "The template of each photo, from that step",
+    "candidate-match": "Which known photo was trained on in that step",
+    "label-inference": "Whose photos that step was made from",
+    "membership-inference": "Who was trained on at all",
+    "correction-probe": "Other parties' class embeddings, from the correction",
+    "canary-inference": "Which planted images were trained on",
+}
+WHO = {  # who sits in each seat
+    "server": "the server", "server-secagg": "a server behind secure aggregation", "client": "another client",
+    "probing-client": "a client that probes", "outsider": "an outsider",
+}  # fmt: skip
+BRIEF = {  # names beside points in figures
+    "identity-linkage": "people", "template-inversion": "faces", "gradient-inversion": "photos", "feature-inversion": "photos",
+    "embedding-recovery": "templates", "candidate-match": "known photo", "label-inference": "labels",
+    "membership-inference": "membership", "correction-probe": "correction", "canary-inference": "canaries",
+}  # fmt: skip
 BASELINES = {
     "mean-face": "mean face", "nearest-auxiliary-face": "nearest stranger", "noise": "noise",
     "random-labels": "random labels", "random-embedding": "random embedding", "mean-stranger": "mean stranger",
@@ -61,6 +82,19 @@ BASELINES = {
     "another-reconstruction": "another victim's reconstruction", "genuine-photo": "a photo of the person itself",
     "model-that-knows-nobody": "a model that knows nobody", "absent-image": "an image that is not there",
 }  # fmt: skip
+CAPTIONS = {
+    "privacy-utility": "Utility above, the best attack of each seat below, over the ε of the whole run. 0 is a guess, 100 always "
+    "right; the small words say what the best attack got. Filled markers: the server; open markers: another client. Bars are "
+    "95 % intervals. Attacks are lower bounds: a point at chance is a failed attack, not a guarantee. "
+    "Where canaries were planted, the last panel shows the ε that they prove beside the promised one; wedges are what they would "
+    "prove if every guess were right.",
+    "leakage-utility": "Each point is one configuration, labelled with its ε; crosses are 95 % intervals. Useful and "
+    "tight-lipped is up and to the left. The grey line is the front of those configurations that no other beats in both; points "
+    "whose crosses overlap may trade places on it.",
+    "attacks": "Each attack over ε. Filled markers: what the server found; open markers: what another client found. Bars are "
+    "95 % intervals. Where there are wedges, no attack on these steps can get more, and a short bar is the most for one photo in "
+    "the whole run; both come from the analysis, not from an attack.",
+}
 LEDGER = (
     (
         "Labels",
@@ -110,8 +144,9 @@ LIMITS = (
     "budget. An ε is an upper bound, from a proof. The two are never merged.",
     "Below 100 targets no sentence here says that something does not leak: 0 successes in 20 still allow 13.9 % (one-sided, "
     "95 %), 0 in 100 still allow 3.0 %.",
-    "Intervals resample people or victims, not training runs. Where a configuration has several seeds, its value is their mean "
-    "and its interval that of the first.",
+    "Intervals resample people or victims. Where a configuration has several seeds, its value is their mean; utility and paired "
+    "differences resample seeds and people together, while an attack's interval is that of the first seed.",
+    "Of each seat the best of several attacks is shown; it was chosen by these results, and so looks a little better than it is.",
     "PSNR and SSIM measure pixels, not whether a person can be recognised.",
     "Attacks that are not listed were not run; malicious servers, malicious clients and collusion are outside these figures "
     "unless a row names them.",
@@ -127,6 +162,21 @@ def number(value: float, unit: str) -> str:
         text = f"{round(value, 1) + 0.0:{'+' if unit == '±dB' else ''}.1f}"
         return f"{text}{THIN}dB".replace("-", MINUS)
     return f"{value:.3f}".replace("-", MINUS)
+
+
+def unit_of(metric: str) -> str:
+    return METRICS[metric][1] if metric in METRICS else ""
+
+
+def difference(value: float, unit: str) -> str:
+    """A signed value, of shares in percentage points."""
+    if unit == "%":
+        text = f"{round(100 * value, 1) + 0.0:+.1f}{THIN}pp"
+    elif unit.endswith("dB"):
+        text = f"{round(value, 1) + 0.0:+.1f}{THIN}dB"
+    else:
+        text = f"{round(value, 3) + 0.0:+.3f}"
+    return text.replace("-", MINUS)
 
 
 def interval(value: Mapping[str, Any] | Spread, unit: str) -> str:

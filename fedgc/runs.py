@@ -14,7 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedgc import __version__
@@ -40,6 +42,7 @@ from fedgc.types import Canaries, Gallery, Transcript, Truth
 SCHEMA = 1
 SHARED_FOLDERS = ("checkpoints", "transcript", "attacks")
 FACES = ("photos", "people")
+UTILITY_DRAWS = "utility-draws.safetensors"
 PRIVATE_FOLDERS = ("state", "private", "attacker")
 
 
@@ -217,6 +220,19 @@ class RunDirectory(Rounds):
         path = self.path / "private" / "canaries.safetensors"
         with holding(path):
             return read_tensors(path)[0]["inside"].bool()
+
+    def save_utility_draws(self, draws: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> None:
+        """What each utility figure of each net is in each draw of test and calibration people, (draws,) each. Runs of one seed
+        and the same people share their draws, so that a report can pair them; nothing of a person is in it."""
+        tensors = {f"{net}/{name}": torch.from_numpy(x).float() for net, d in draws.items() for name, x in d.items()}
+        write_tensors(self.path / UTILITY_DRAWS, tensors)
+
+    def load_utility_draws(self) -> dict[str, NDArray[np.float64]]:
+        """By "net/figure"; empty for a run of an earlier version."""
+        path = self.path / UTILITY_DRAWS
+        if not path.exists():
+            return {}
+        return {name: tensor.double().numpy() for name, tensor in read_tensors(path)[0].items()}
 
     def save_identities(self, value: Mapping[str, Any]) -> None:
         """The private names: who class c is, and which person of the gallery."""

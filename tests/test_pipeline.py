@@ -8,10 +8,12 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import TINY
 
+from eval.statistics import DRAWS, percentile_interval
 from fedgc.config import load_config
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import read_tensors
@@ -48,6 +50,17 @@ def test_privacy_is_stated_with_its_unit(runs: dict[str, Path]) -> None:
     assert (privacy["unit"], privacy["adjacency"], privacy["sampling"]) == ("image", "add-remove", "poisson")
     assert privacy["noise_multiplier"] > 0
     assert "known seed" in privacy["randomness"]
+
+
+def test_a_run_keeps_what_its_utility_is_in_each_draw_of_people(runs: dict[str, Path]) -> None:
+    draws = {name: RunDirectory(runs[name]).load_utility_draws() for name in ("fedavg", "fedgc")}
+    auc = document(RunDirectory(runs["fedgc"]))["utility"]["auc"]
+    own = draws["fedgc"]["trained/auc"]
+    assert len(own) == DRAWS
+    low, high = percentile_interval(auc["value"], own)
+    assert (low, high) == (pytest.approx(auc["low"], abs=1e-6), pytest.approx(auc["high"], abs=1e-6))
+    # the same people in each draw: the untrained net, which is the same under both, is the same in every draw
+    np.testing.assert_array_equal(draws["fedavg"]["untrained/auc"], draws["fedgc"]["untrained/auc"])
 
 
 def test_a_finished_run_is_found_not_repeated(runs: dict[str, Path]) -> None:
@@ -276,5 +289,7 @@ def test_a_report_of_several_runs(runs: dict[str, Path], tmp_path: Path) -> None
     assert summary["report"].endswith("report.html")
     assert "untrained" in page
     assert "no class embedding" in page
+    assert "What a defense changed" in page
+    assert "What FedGC changed" in page
     assert {p.name for p in (tmp_path / "page").iterdir()} >= {"report.html", "results.csv", "results.json", "figures"}
     assert json.loads((tmp_path / "page/results.json").read_text())

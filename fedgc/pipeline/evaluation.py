@@ -13,8 +13,8 @@ from torch import Tensor
 
 from eval.pair_protocol import ListedPairs, calibrated_accuracy, fold_accuracy, pair_auc
 from eval.pairs import PairScores, unit
-from eval.recognition import verification
-from eval.statistics import Measured
+from eval.recognition import verified
+from eval.statistics import Floats, Measured
 from fedgc.config import Config, put, read_toml, validated
 from fedgc.data.align import aligned, shorter_side_needed
 from fedgc.data.faces import FaceSet, synthetic_spec
@@ -52,22 +52,27 @@ def untrained_state(config: Config) -> State:
     return State(0, {BACKBONE + name: tensor for name, tensor in fresh.items()}, torch.empty(0))
 
 
-def utility(embed_photos: Embedding, setting: Setting) -> dict[str, Any]:
-    """Verification and identification on the test people, thresholds from the calibration people."""
-    return people_utility(
-        embed_photos, setting.faces, setting.splits.test, setting.splits.calibration, setting.config.seed
-    )
+def utility(embed_photos: Embedding, setting: Setting) -> tuple[dict[str, Any], dict[str, Floats]]:
+    """Verification and identification on the test people, thresholds from the calibration people; and what each figure is
+    in each draw of people (`eval.recognition.verified`)."""
+    return _measured(embed_photos, setting.faces, setting.splits.test, setting.splits.calibration, setting.config.seed)
 
 
 def people_utility(
     embed_photos: Embedding, faces: FaceSet, test: tuple[int, ...], calibration: tuple[int, ...], seed: int
 ) -> dict[str, Any]:
+    return _measured(embed_photos, faces, test, calibration, seed)[0]
+
+
+def _measured(
+    embed_photos: Embedding, faces: FaceSet, test: tuple[int, ...], calibration: tuple[int, ...], seed: int
+) -> tuple[dict[str, Any], dict[str, Floats]]:
     index, held = faces.of(test), faces.of(calibration)
-    measured = verification(
+    measured, drawn = verified(
         embed_photos(faces.images[index]), faces.labels[index],
         embed_photos(faces.images[held]), faces.labels[held], rng=numpy_generator(seed, "utility"),
     )  # fmt: skip
-    return {name: m.to_json() if isinstance(m, Measured) else m for name, m in measured.items()}
+    return {name: m.to_json() if isinstance(m, Measured) else m for name, m in measured.items()}, drawn
 
 
 def evaluate(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.linkage import score_photos
-from eval.scoring import Batch, Features, Scores, batches, score_embeddings, score_images, score_labels
+from eval.scoring import Batch, Features, Scores, batches, named, score_embeddings, score_images, score_labels
 from fedgc.models import load_backbone
 from fedgc.pipeline.linking import mates_of, round_scores
 from fedgc.pipeline.working import CLIENTS, SEAT, Job
@@ -46,7 +46,9 @@ def of_steps(
     parts = []
     if every[0].found is not None:
         metrics, baselines = score_labels(every, classes, rng)
-        samples = [{"target": i, "class": int(c)} for i, c in enumerate(torch.cat([g.labels for g in every]))]
+        hits = [bool(h) for g in every if g.found is not None for h in named(g.found, g.labels)]
+        people = torch.cat([g.labels for g in every]).tolist()
+        samples = [{"target": i, "class": c, "named": h} for i, (c, h) in enumerate(zip(people, hits, strict=True))]
         parts.append(Scores(metrics, baselines, samples))
     if every[0].embeddings is not None:
         parts.append(score_embeddings(every, looked(), rng))

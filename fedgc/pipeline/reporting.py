@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,15 @@ def load_result(path: Path) -> RunResult:
     run = RunDirectory(path)
     about = run.finished()
     attacks = [with_verdict(p.parent, read_json(p)) for p in sorted((path / "attacks").glob("*/summary.json"))]
-    return RunResult(str(path), about, read_toml(path / "config.toml"), attacks, pictures_of(path))
+    return RunResult(
+        str(path),
+        about,
+        read_toml(path / "config.toml"),
+        attacks,
+        pictures_of(path),
+        run.load_utility_draws,
+        samples_of(path),
+    )
 
 
 def pictures_of(path: Path) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor] | None]:
@@ -73,3 +82,27 @@ def pictures_of(path: Path) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor] 
         return tensors["originals"], tensors["found"]
 
     return pictures
+
+
+def samples_of(path: Path) -> Callable[[dict[str, Any]], Sequence[dict[str, Any]]]:
+    """Rows of an entry's targets: in the entry, or, of attacks whose targets are people, in the owner-only samples.csv."""
+
+    def samples(entry: dict[str, Any]) -> Sequence[dict[str, Any]]:
+        file = path / str(entry.get("folder", "")) / "samples.csv"
+        if entry.get("samples") or not entry.get("folder") or not file.exists():
+            return list(entry.get("samples") or ())
+        with open(file, newline="", encoding="utf-8") as lines:
+            return [{name: _read(text) for name, text in row.items()} for row in csv.DictReader(lines)]
+
+    return samples
+
+
+def _read(text: str) -> float | str | None:
+    """What the text of a cell stands for: a number, a truth value as 0 or 1, nothing, or itself."""
+    known: dict[str, float | None] = {"": None, "True": 1.0, "False": 0.0}
+    if text in known:
+        return known[text]
+    try:
+        return float(text)
+    except ValueError:
+        return text

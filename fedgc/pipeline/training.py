@@ -82,9 +82,10 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     privacy = parties.defense.spent(run.charge(state.ledger))
     watch("measuring utility", 0, 1)
     backbone = parties.backbone
-    untrained = utility(embedding(backbone, untrained_state(config)), setting)
-    public = utility(embedding(backbone, initial.state()), setting) if initial else NO_PUBLIC
-    trained = utility(embedding(backbone, state), setting)
+    untrained, fresh_draws = utility(embedding(backbone, untrained_state(config)), setting)
+    public, public_draws = utility(embedding(backbone, initial.state()), setting) if initial else (NO_PUBLIC, {})
+    trained, draws = utility(embedding(backbone, state), setting)
+    run.save_utility_draws({"trained": draws, "untrained": fresh_draws, "public-only": public_draws})
     watch("measuring utility", 1, 1)
     seconds, images = (sum(m[key] for m in run.metrics()) for key in ("seconds", "images"))
     run.update(

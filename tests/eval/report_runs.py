@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from eval.results import RunResult
@@ -74,7 +76,8 @@ def run(
         "schema": 1, "status": "finished", "argv": ["train", "--out", f"run {algorithm}"], "tool": "fedgc-priv 0.1.0",
         "started": "2026-01-01T00:00:00+00:00", "python": "3.11.7", "machine": "x86_64", "libraries": {"torch": "2.10"},
         "config_digest": "abc", "seed": seed, "device": "cpu", "algorithm": algorithm, "rounds": 8, "clients": 4,
-        "classes": 50, "images": 350, "source": source, "dataset": "f36d", "skipped": 2, "splits": {"train": "61df"},
+        "classes": 50, "images": 350, "source": source, "dataset": "f36d", "skipped": 2,
+        "splits": {"train": "61df", "calibration": "1f0a", "test": "9c41"},
         "people": {"train": 50, "calibration": 15, "test": 20, "auxiliary": 15}, "victims": "0319", "defense": defense,
         "utility": utility(auc), "baselines": {"untrained": utility(0.71)},
         "privacy": None if epsilon is None else privacy(epsilon), "seconds": 12.0,
@@ -85,6 +88,11 @@ def run(
         f"runs/{algorithm}-{epsilon or 'plain'}-{seed}", about, config, attacks or [],
         lambda e: (FACES, found) if pictures and e.get("folder") else None,
     )  # fmt: skip
+
+
+def with_draws(result: RunResult, auc: np.ndarray) -> RunResult:
+    """A run that kept what its AUC is in each draw of people."""
+    return replace(result, draws=lambda: {"trained/auc": auc})
 
 
 def both_algorithms() -> list[RunResult]:

@@ -6,7 +6,7 @@ import pytest
 from report_runs import REASON, both_algorithms, run
 
 from eval.gate import failing, parse, unjudged
-from eval.results import gate_entries
+from eval.rows import gate_entries
 from fedgc.errors import UsageError
 
 ENTRIES = gate_entries(both_algorithms())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -14,10 +15,14 @@ from typing import Any
 import pytest
 from report_runs import FACES, REASON, both_algorithms, entry, inversion, linkage, refusal, run, value
 
+from eval.claims import overclaims
 from eval.figures import face_png
 from eval.narrative import verdict
+from eval.pictures import grids
 from eval.report import build
-from eval.results import COLUMNS, Spread, cells, table
+from eval.results import Spread, cells
+from eval.rows import COLUMNS, table
+from eval.sections import once
 from fedgc.errors import UsageError
 
 VOID = {"meta", "img", "br", "use", "path"}
@@ -71,7 +76,8 @@ def test_page_is_well_formed_and_self_contained(built: tuple[Path, dict[str, Any
     assert "https://" not in source
     assert "@import" not in source
     for tag, attributes in html.elements:
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("link", "iframe", "object", "image")
+        assert tag != "script" or not attributes
         for name in ("src", "href", "xlink:href"):
             assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
     assert all(a.get("alt") for tag, a in html.elements if tag == "img")
@@ -83,7 +89,7 @@ def test_page_has_every_section(built: tuple[Path, dict[str, Any], Page]) -> Non
     _, _, html = built
     sections = [a["id"] for tag, a in html.elements if tag == "section"]
     assert sections == [
-        "verdict", "threats", "utility", "attacks", "curves", "pictures", "accounting", "limits", "data", "reproduce",
+        "verdict", "threats", "utility", "attacks", "curves", "pictures", "accounting", "limits", "data", "card", "reproduce",
     ]  # fmt: skip
     for words in (
         "FedAvg", "FedGC", "● granted", "– withheld", "untrained", "realised FAR 0.113", "not supported", "mean face",
@@ -99,7 +105,7 @@ def test_page_has_every_section(built: tuple[Path, dict[str, Any], Page]) -> Non
 def test_pictures_are_those_of_the_victims_and_owner_only(built: tuple[Path, dict[str, Any], Page]) -> None:
     out, summary, html = built
     shown = [str(a["src"]).partition(",")[2] for tag, a in html.elements if tag == "img"]
-    assert len(shown) == 4 * (1 + 4)
+    assert len(shown) == 5 * (1 + 4)  # the first four, and the best of the first column
     assert base64.b64decode(shown[0]) == face_png(FACES[0])
     framed = [a.get("class") for tag, a in html.elements if tag == "img" and "reconstruction" in str(a["alt"])]
     assert framed[:4] == [None] * 4  # victim 1: 14 dB, nearest 14.5 dB
@@ -116,6 +122,8 @@ def test_without_originals_no_face_is_anywhere(tmp_path: Path) -> None:
     html = page(both_algorithms(), tmp_path, originals=False)
     assert not [tag for tag, _ in html.elements if tag == "img"]
     assert "made to be shared" in html.text
+    source = left.read_text()
+    assert not re.search(r"data:image|<image|<img|background-image|base64,", source.partition("<main>")[2])
     found = (FACES * 0.9 + 0.05).clamp(0, 1)
     pictures = [face_png(face) for face in (*FACES, *found)]
     needles = [*pictures, *(base64.b64encode(p)[:400] for p in pictures)]
@@ -123,6 +131,64 @@ def test_without_originals_no_face_is_anywhere(tmp_path: Path) -> None:
         content = file.read_bytes()
         assert not any(needle in content for needle in needles), file
     assert left.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_only_script_is_the_one_that_the_policy_names(built: tuple[Path, dict[str, Any], Page]) -> None:
+    source = (built[0] / "report.html").read_text()
+    [script] = re.findall(r"<script>(.*?)</script>", source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in source
+    assert " onclick" not in source
+
+
+def test_the_page_is_small_and_claims_nothing_that_attacks_cannot_show(
+    built: tuple[Path, dict[str, Any], Page],
+) -> None:
+    out, _, html = built
+    assert (out / "report.html").stat().st_size < 5_000_000
+    assert overclaims(html.text) == []
+
+
+def test_tables_have_captions_and_scopes_and_sections_have_names(built: tuple[Path, dict[str, Any], Page]) -> None:
+    _, _, html = built
+    tags = [tag for tag, _ in html.elements]
+    assert tags.count("caption") == tags.count("table") > 8
+    assert {tags.count(t) for t in ("header", "nav", "main", "h1")} == {1}
+    ids = {a["id"] for _, a in html.elements if a.get("id")}
+    assert all(a["aria-labelledby"] in ids for tag, a in html.elements if tag == "section")
+    links = {str(a["href"])[1:] for tag, a in html.elements if tag == "a" and str(a["href"]).startswith("#")}
+    assert {link for link in links if not link.startswith("attack-")} <= ids
+    heads = [a for tag, a in html.elements if tag == "th"]
+    assert all(a.get("scope") for a in heads)
+
+
+def test_the_model_card_says_what_it_is_not_for(built: tuple[Path, dict[str, Any], Page]) -> None:
+    text = built[2].text
+    for words in (
+        "10 Model card",
+        "Not for",
+        "no threshold here is fit for a decision about a person",
+        "350 photos of 50 people",
+    ):
+        assert words in text
+
+
+def test_the_best_and_the_worst_are_the_judges(tmp_path: Path) -> None:
+    cosines = (0.2, 0.9, 0.5, 0.1, 0.7)
+    judge = {"name": "dlib", "auc": value(0.98, 0.97, 0.99), "people": 30, "thresholds": {"fmr=0.01": value(0.6)}}
+    judged = inversion(1.0)
+    samples = [{**s, "similarity": c} for s, c in zip(judged["samples"], cosines, strict=True)]
+    [grid] = grids(cells([run(attacks=[{**judged, "samples": samples, "judge": judge}])]))
+    assert grid["names"] == ["victim 1", "victim 2, best", "victim 3", "victim 4, worst"]
+    assert [face["framed"] for face in grid["columns"][0]["faces"]] == [False, True, False, False]
+    assert grid["columns"][0]["faces"][1]["lines"][-1] == "cosine 0.90"
+    text = page([run(attacks=[{**judged, "samples": samples, "judge": judge}])], tmp_path).text
+    assert "the judge (dlib) takes for the photo" in text
+
+
+def test_remarks_that_differ_in_a_number_are_said_once() -> None:
+    said = [("D", "lies below 0.111"), ("D", "lies below 0.081"), ("E", "lies below 0.5"), ("D", "another")]
+    assert once(said) == [("D", "lies below 0.081 to 0.111"), ("E", "lies below 0.5"), ("D", "another")]
 
 
 def test_csv_and_json_hold_the_same_rows(built: tuple[Path, dict[str, Any], Page]) -> None:
@@ -198,7 +264,8 @@ def test_seeds_are_one_cell_with_the_interval_of_the_first(tmp_path: Path) -> No
     assert (auc.value, auc.low, auc.seeds) == (pytest.approx(0.85), pytest.approx(0.75), (0.8, 0.9))
     html = page(runs, tmp_path)
     assert "2 seeds" in html.text
-    assert "its interval that of the first" in html.text
+    assert "every other interval is that of the first seed" in html.text
+    assert "seeds 0.800, 0.900" in html.text
     assert "seed 1" in html.text
 
 
