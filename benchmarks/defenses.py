@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,14 @@ def attacked(out: Path, jobs: tuple[Tried, ...]) -> list[dict[str, Any]]:
 
 
 def row_of(config: Config, out: Path, about: dict[str, Any], jobs: tuple[Tried, ...]) -> dict[str, Any]:
+    """Train and attack one arm, or find beside its run what was found of it before."""
+    record = out.parent / f"{out.name}.json"
+    if not record.exists():
+        record.write_text(json.dumps(_measured(config, out, about, jobs), indent=1) + "\n")
+    return dict(json.loads(record.read_text()))
+
+
+def _measured(config: Config, out: Path, about: dict[str, Any], jobs: tuple[Tried, ...]) -> dict[str, Any]:
     started = time.monotonic()
     done = train(config, out, resume=True)
     return {**about, "utility": done["utility"]["auc"], "untrained": done["baselines"]["untrained"]["auc"],
@@ -175,24 +183,25 @@ def main() -> None:
         (a, name, probing, settings) for a, name, probing, settings in arms(options.algorithms)
         if (not options.only or name.startswith(tuple(options.only))) and options.probing != ("not" if probing else "only")
     ]  # fmt: skip
+    side_by_side(partial(arm, options), chosen)
+
+
+def side_by_side(job: Callable[[Any], str], arms: Sequence[Any]) -> None:
+    """Print what each arm has to say, in their order; a process of one thread a core."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=one_thread) as pool:
-        for line in pool.map(partial(arm, options), chosen):
+        for line in pool.map(job, arms):
             print(line, flush=True)
 
 
 def arm(options: argparse.Namespace, which: tuple[str, str, bool, list[str]]) -> str:
-    """Train and attack one arm, or find that it was done; what is printed of it."""
+    """What is printed of one arm."""
     algorithm, name, probing, settings = which
     flags = {"data.source": options.faces, "federation.algorithm": algorithm, "seed": options.seed}
     config = load_config(CONFIG, settings=[*SHORT, *settings, *options.settings], flags=flags)
     about = {"algorithm": algorithm, "defense": name, "probing": probing, "seed": options.seed}
     label = f"{algorithm} {name}{' probing' if probing else ''}".replace(",", "").replace(" ", "-")
-    record = options.out / f"{label}.json"
-    if not record.exists():
-        row = row_of(config, options.out / label, about, tried(name, probing))
-        record.write_text(json.dumps(row, indent=1) + "\n")
-    row = json.loads(record.read_text())
+    row = row_of(config, options.out / label, about, tried(name, probing))
     auc = row["utility"]
     spent = f", epsilon {row['privacy']['epsilon']:.2f} for one {row['privacy']['unit']}" if row["privacy"] else ""
     said = f"{label}: AUC {auc['value']:.3f} [{auc['low']:.3f}, {auc['high']:.3f}]{spent} ({row['seconds']:.0f} s)"

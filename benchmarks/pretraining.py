@@ -8,17 +8,12 @@ calibrate, to test and as the attacker's own faces. People with ten or more are 
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import random
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from benchmarks.defenses import CONFIG, SHORT, USUAL, best, row_of
-from benchmarks.utility import one_thread
+from benchmarks.defenses import CONFIG, SHORT, USUAL, best, row_of, side_by_side
 from fedgc.config import load_config
 from fedgc.pipeline.training import train
 
@@ -63,22 +58,15 @@ def main() -> None:
         (algorithm, start, name, [*SHORT, *begin, *privacy])
         for algorithm in options.algorithms for start, begin in starts.items() for name, privacy in PRIVACY.items()
     ]  # fmt: skip
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count() or 1, context, initializer=one_thread) as pool:
-        for line in pool.map(partial(arm, options, str(private)), chosen):
-            print(line, flush=True)
+    side_by_side(partial(arm, options, str(private)), chosen)
 
 
 def arm(options: argparse.Namespace, faces: str, which: tuple[str, str, str, list[str]]) -> str:
     algorithm, start, name, settings = which
     flags = {"data.source": faces, "federation.algorithm": algorithm, "seed": options.seed}
     label = f"{algorithm} {start} {name}".replace(" ", "-")
-    record = options.out / f"{label}.json"
-    if not record.exists():
-        about = {"algorithm": algorithm, "start": start, "privacy": name, "seed": options.seed}
-        row = row_of(load_config(CONFIG, settings=settings, flags=flags), options.out / label, about, SERVER)
-        record.write_text(json.dumps(row, indent=1) + "\n")
-    row = json.loads(record.read_text())
+    about = {"algorithm": algorithm, "start": start, "privacy": name, "seed": options.seed}
+    row = row_of(load_config(CONFIG, settings=settings, flags=flags), options.out / label, about, SERVER)
     said = [f"{k} {row[k]['value']:.3f}" for k in ("untrained", "public-only") if row[k]["value"] is not None]
     auc = row["utility"]
     interval = f"[{auc['low']:.3f}, {auc['high']:.3f}]"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from fedgc.errors import UsageError
+from fedgc.types import Charge
 
 History = list[tuple[float, float, int]]  # (noise multiplier, sample rate, steps), as Opacus keeps it
 FINEST = 1e-4  # of the mesh of privacy losses
@@ -28,6 +30,29 @@ def merged(history: History) -> History:
     for sigma, rate, steps in history:
         total[sigma, rate] += steps
     return [(sigma, rate, steps) for (sigma, rate), steps in sorted(total.items())]
+
+
+def histories(ledger: Sequence[Charge]) -> dict[int, History]:
+    """What each client was charged, added up."""
+    found: dict[int, History] = defaultdict(list)
+    for charge in ledger:
+        found[charge.client].append((charge.noise_multiplier, charge.sample_rate, charge.steps))
+    return {client: merged(history) for client, history in found.items()}
+
+
+def largest_epsilon(runs: Iterable[History], delta: float, quick: bool = False) -> float:
+    """Of the client that spent most. Clients that spent alike are looked at once; zero where nobody spent."""
+    return max((epsilon_of(list(run), delta, quick) for run in {tuple(run) for run in runs}), default=0.0)
+
+
+def most_steps(runs: Iterable[History]) -> int:
+    return max((sum(steps for _, _, steps in run) for run in runs), default=0)
+
+
+def require_worth(delta: float, holders: int, whom: str) -> None:
+    """Raises UsageError where a promise at ``delta`` may be broken to one of so many holders altogether."""
+    if delta >= 1 / holders:
+        raise UsageError(f"defense.delta = {delta:g} promises nothing to {whom}: set it below {1 / holders:.1e}")
 
 
 def undominated(runs: set[tuple[float, int]]) -> list[tuple[float, int]]:

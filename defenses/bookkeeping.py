@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.layer_gradients import RULES, Part, Units, trains, unknown_layers
-from defenses.per_unit import UnitOptimizer
+from defenses.per_unit import UnitOptimizer, fit_only
 from fedgc.errors import UsageError
 
 
@@ -76,7 +76,7 @@ class Book:
         """Forget all that came of some photos, (B,) bool: their gradients become zero, whatever they were."""
         for kept in (self.inputs, self.gradients):
             for layer, t in kept.items():
-                kept[layer] = torch.where(photos.view(-1, *[1] * (t.dim() - 1)), 0.0, t)
+                kept[layer] = fit_only(t, ~photos)
 
     def close(self) -> None:
         for handle in self._handles:

@@ -9,7 +9,6 @@ FedGC's correction included, is post-processing. Everybody knows who takes part:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -17,10 +16,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from defenses.accounting import accountant, epsilon_of, noise_for, randomness, require_target
+from defenses.accounting import (
+    accountant,
+    histories,
+    largest_epsilon,
+    most_steps,
+    noise_for,
+    randomness,
+    require_target,
+    require_worth,
+)
 from defenses.whole_update import clipped, noised, refuse_running_statistics
 from fedgc.doors import ClientPlan, Defense, Scheme
-from fedgc.errors import UsageError
 from fedgc.types import Charge, ClientUpdate, Tensors
 
 
@@ -57,11 +64,7 @@ class ClientDP(Defense):
 
     def prepared(self, clients: Sequence[ClientPlan]) -> ClientDP:
         """Fix the noise multiplier: enough for a client that takes part in every round."""
-        if self.delta >= 1 / len(clients):
-            raise UsageError(
-                f"defense.delta = {self.delta:g} promises nothing to one of {len(clients)} clients: "
-                f"set it below {1 / len(clients):.1e}"
-            )
+        require_worth(self.delta, len(clients), f"one of {len(clients)} clients")
         if self.noise_multiplier is not None:
             return self
         assert self.epsilon is not None
@@ -89,18 +92,14 @@ class ClientDP(Defense):
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV."""
-        histories: dict[int, Counter[float]] = {}
-        for charge in ledger:
-            histories.setdefault(charge.client, Counter())[charge.noise_multiplier] += charge.steps
-        runs = {tuple((sigma, 1.0, n) for sigma, n in sorted(h.items())) for h in histories.values()}
-        worst = max((epsilon_of(list(run), self.delta, quick) for run in runs), default=0.0)
+        runs = histories(ledger)
         central = self.noise == "central"
         return {
-            "epsilon": worst, "delta": self.delta, "unit": self.unit,
+            "epsilon": largest_epsilon(runs.values(), self.delta, quick), "delta": self.delta, "unit": self.unit,
             "accountant": accountant(quick),
             "noise_multiplier": self.noise_multiplier, "max_grad_norm": self.max_grad_norm,
             "adjacency": "zero-out",  # one client's update against zeros; its weight stays
-            "sampling": "no", "sample_rate": 1.0, "steps": max((sum(h.values()) for h in histories.values()), default=0),
+            "sampling": "no", "sample_rate": 1.0, "steps": most_steps(runs.values()),
             "target_epsilon": self.epsilon, "composition": "over the rounds that a client takes part in; largest over clients",
             "covers": "backbone and class embeddings of every update"
             + (", towards everybody but the server" if central else ", towards the server too"),

@@ -9,7 +9,6 @@ of the clients'.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -21,14 +20,16 @@ from torch import Tensor, nn
 from defenses.accounting import (
     History,
     accountant,
-    epsilon_of,
-    merged,
+    histories,
+    largest_epsilon,
+    most_steps,
     noise_for,
     pld_epsilon,
     pld_version,
     profile,
     randomness,
     require_target,
+    require_worth,
     undominated,
 )
 from fedgc.doors import ClientPlan, Defense, LocalSession
@@ -72,11 +73,7 @@ class DPSGD(Defense):
     def prepared(self, clients: Sequence[ClientPlan]) -> DPSGD:
         """Fix the noise multiplier: one for all clients, enough for the client that needs most."""
         smallest, what = min((self._sampled(plan), plan.client) for plan in clients)[0], self._units
-        if self.delta >= 1 / smallest:
-            raise UsageError(
-                f"defense.delta = {self.delta:g} promises nothing to a client with {smallest} {what}: "
-                f"set it below {1 / smallest:.1e}"
-            )
+        require_worth(self.delta, smallest, f"a client with {smallest} {what}")
         if self.noise_multiplier is not None:
             return self
         assert self.epsilon is not None
@@ -184,20 +181,15 @@ class DPSGD(Defense):
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV, with the figure
         of another library (PLD) beside it, and what the same run promises to a person with all photos."""
-        histories: dict[int, History] = defaultdict(list)
-        for charge in ledger:
-            histories[charge.client].append((charge.noise_multiplier, charge.sample_rate, charge.steps))
-        runs = {client: merged(history) for client, history in histories.items()}
-        worst = max((epsilon_of(h, self.delta, quick) for h in runs.values()), default=0.0)
+        runs = histories(ledger)
         photos = {charge.client: charge.photos for charge in ledger}
-        steps = max((sum(n for _, _, n in h) for h in runs.values()), default=0)
         rate = max((q for h in runs.values() for _, q, _ in h), default=0.0)
         return {
-            "epsilon": worst, "delta": self.delta, "unit": self.unit,
+            "epsilon": largest_epsilon(runs.values(), self.delta, quick), "delta": self.delta, "unit": self.unit,
             "accountant": accountant(quick),
             **({} if quick else self._second_opinion(runs, photos)),
             "noise_multiplier": self.noise_multiplier, "max_grad_norm": self.max_grad_norm, "adjacency": "add-remove",
-            "sampling": "poisson", "sample_rate": rate, "steps": steps, "target_epsilon": self.epsilon,
+            "sampling": "poisson", "sample_rate": rate, "steps": most_steps(runs.values()), "target_epsilon": self.epsilon,
             "composition": "largest over clients, which hold disjoint photos",
             "covers": "backbone and class embeddings of every update",
             "outside": "photo counts, which classes exist, loss and utility figures, the choice of settings, and the recorded "

@@ -9,6 +9,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
+from defenses.layer_gradients import Units
 from fedgc.doors import ClientPlan
 
 
@@ -26,18 +27,15 @@ class UnitOptimizer(DPOptimizer):
         if len(gradients[0]):
             fit = torch.stack([g.flatten(1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
             self.dropped += int((~fit).sum())
+            units = Units(len(fit), None if self.people is None else self.people.to(fit.device))
             for p in self.params:
-                p.grad_sample = self._of_units(p.grad_sample, fit)
+                p.grad_sample = units.mean(fit_only(p.grad_sample, fit))
         super().clip_and_accumulate()
 
-    def _of_units(self, gradient: Tensor, fit: Tensor) -> Tensor:
-        if not bool(fit.all()):
-            gradient = torch.where(fit.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
-        if self.people is None:
-            return gradient
-        people, place, count = self.people.to(gradient.device).unique(return_inverse=True, return_counts=True)
-        total = gradient.new_zeros(len(people), *gradient.shape[1:]).index_add_(0, place, gradient)
-        return total / count.view(-1, *[1] * (gradient.dim() - 1))
+
+def fit_only(gradient: Tensor, fit: Tensor) -> Tensor:
+    """(B, ...) with zeros for all photos but those of ``fit`` (B,)."""
+    return gradient if bool(fit.all()) else torch.where(fit.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0.0)
 
 
 def with_people(batches: Iterator[Tensor], plan: ClientPlan, optimizer: UnitOptimizer) -> Iterator[Tensor]:

@@ -29,19 +29,6 @@ FAR_TARGETS = (0.1, 0.01)
 _FEW = 20  # below this many identities the coverage of the bootstrap has not been checked
 
 
-def verification(
-    test_embeddings: Array,
-    test_labels: ArrayLike,
-    calib_embeddings: Array,
-    calib_labels: ArrayLike,
-    *,
-    draws: int = DRAWS,
-    rng: np.random.Generator,
-) -> dict[str, Measured | int]:
-    """The figures of `verified`, without its draws."""
-    return verified(test_embeddings, test_labels, calib_embeddings, calib_labels, draws=draws, rng=rng)[0]
-
-
 def verified(
     test_embeddings: Array,
     test_labels: ArrayLike,

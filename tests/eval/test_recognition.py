@@ -17,7 +17,7 @@ from eval.recognition import (
     paired_auc_difference,
     rank_k,
     support,
-    verification,
+    verified,
 )
 from eval.statistics import Measured, clopper_pearson, identity_weights
 from fedgc.errors import UsageError, WorkFailedError
@@ -146,7 +146,7 @@ def test_labels_and_tensors_of_any_kind() -> None:
 
 
 def measure(test: tuple, calib: tuple, draws: int = 200, seed: int = 0) -> dict[str, Measured | int]:
-    return verification(*test, *calib, draws=draws, rng=np.random.default_rng(seed))
+    return verified(*test, *calib, draws=draws, rng=np.random.default_rng(seed))[0]
 
 
 def test_verification_reports_what_the_definitions_say() -> None:
