@@ -11,7 +11,7 @@ from eval.panels import epsilon_panel, leakage_panel, utility_panel, worst_panel
 from eval.places import Places
 from eval.plotting import ATTACKED, MEASURES, RC, WORST, Drawn, in_words, leakage, rendered, shared_legend
 from eval.references import measured_epsilon
-from eval.results import Cell
+from eval.results import Cell, Failure
 from eval.tradeoff import leakage_against_utility
 
 if TYPE_CHECKING:
@@ -20,26 +20,28 @@ if TYPE_CHECKING:
 HIGH = 2.15  # inches of a panel
 
 
-def curves(cells: Sequence[Cell]) -> list[Drawn]:
-    """Every figure that the cells support: what epsilon buys, leakage against utility, and each attack over epsilon."""
+def curves(cells: Sequence[Cell], failures: Sequence[Failure] = ()) -> list[Drawn]:
+    """Every figure that the cells support: what epsilon buys, leakage against utility, and each attack over epsilon. Runs that
+    failed keep their place on the axis of epsilon."""
     from matplotlib import rc_context
 
     with rc_context(RC):
-        drawn = [privacy_utility(cells), leakage_against_utility(cells), by_attack(cells)]
+        drawn = [privacy_utility(cells, failures), leakage_against_utility(cells), by_attack(cells)]
     return [d for d in drawn if d]
 
 
-def privacy_utility(cells: Sequence[Cell]) -> Drawn | None:
+def privacy_utility(cells: Sequence[Cell], failures: Sequence[Failure] = ()) -> Drawn | None:
     """Stacked panels over epsilon: AUC, the best attack of each seat, and what canaries show. None where no cell has an AUC."""
     if all(c.utility("auc").value is None for c in cells):
         return None
-    place = Places(cells)
+    place = Places(cells, failures)
     seats = [s for s in ATTACKED if any(leakage(c, WORST, s).value is not None for c in cells)]
-    draw: list[Callable[[Axes], None]] = [lambda p: utility_panel(p, cells, place, named=not seats)]
+    draw: list[Callable[[Axes], None]] = [lambda p: utility_panel(p, cells, place, not seats, failures)]
     draw += [lambda p, s=seat: worst_panel(p, cells, place, s) for seat in seats]  # type: ignore[misc]
     if any(measured_epsilon(c, s).value is not None for c in cells for s in ATTACKED):
         draw.append(lambda p: epsilon_panel(p, cells, place))
-    alt = f"Utility and the best attack of each seat over epsilon. {in_words(cells, [WORST])}"
+    failed = f"{len(failures)} runs failed and have no value. " if failures else ""
+    alt = f"Utility and the best attack of each seat over epsilon. {failed}{in_words(cells, [WORST])}"
     return _stacked("privacy-utility", draw, place, alt)
 
 

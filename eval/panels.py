@@ -28,7 +28,7 @@ from eval.plotting import (
     leakage,
 )
 from eval.references import baseline_auc, ceiling, gamma, measured_epsilon
-from eval.results import Cell, Spread, algorithm_name
+from eval.results import Cell, Failure, Spread, algorithm_name
 from eval.wording import BRIEF
 
 if TYPE_CHECKING:
@@ -41,8 +41,19 @@ CEILING, GAMMA, PROMISED = (
 )
 
 
-def utility_panel(panel: Axes, cells: Sequence[Cell], place: Places, named: bool) -> None:
-    """named: whether the legend learns the algorithms here, because no panel below does."""
+def utility_panel(
+    panel: Axes, cells: Sequence[Cell], place: Places, named: bool, failures: Sequence[Failure] = ()
+) -> None:
+    """named: whether the legend learns the algorithms here, because no panel below does. failures: crosses on the axis."""
+    for i, failure in enumerate(failures):
+        x, (colour, _) = (
+            place(failure) + nudge(place, failure.algorithm, "server"),
+            STYLES.get(failure.algorithm, OTHER),
+        )
+        panel.plot(
+            x, 0, marker="x", ms=8, mew=2, color=colour, ls="none", clip_on=False, zorder=5,
+            transform=panel.get_xaxis_transform(), label=None if i else "a run failed",
+        )  # fmt: skip
     for algorithm, mine in by_algorithm(cells):
         shown = any(leakage(c, m, s).value is not None for c in mine for m in (WORST, *MEASURES) for s in ATTACKED)
         label = algorithm_name(algorithm) if named or not shown else None

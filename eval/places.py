@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eval.plotting import FAINT
-from eval.results import Cell, epsilon_text
+from eval.results import Cell, Failure, epsilon_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 class Places:
     """Where each cell stands on the axis of epsilon: log10, and behind a break a place for each kind of run without one."""
 
-    def __init__(self, cells: Sequence[Cell]) -> None:
-        self.epsilons = sorted({c.epsilon for c in cells if c.epsilon is not None})
+    def __init__(self, cells: Sequence[Cell], failures: Sequence[Failure] = ()) -> None:
+        shown: list[Cell | Failure] = [*cells, *failures]
+        self.epsilons = sorted({c.epsilon for c in shown if c.epsilon is not None})
         low, high = (np.log10(f(self.epsilons)) for f in (min, max)) if self.epsilons else (0.0, 0.0)
         step = max(0.5, 0.22 * (high - low))
-        kinds = sorted({c.defense for c in cells if c.epsilon is None}, key=lambda k: (k == "none", k))
+        kinds = sorted({c.defense for c in shown if c.epsilon is None}, key=lambda k: (k == "none", k))
         start = high + step if self.epsilons else 0.0
         self.beyond = {kind: float(start + step * i) for i, kind in enumerate(kinds)}
         ends = [*(float(np.log10(e)) for e in self.epsilons), *self.beyond.values()]
         self.limits = (min(ends) - 0.4 * step, max(ends) + 0.4 * step)
         self.gap = float(high + step / 2) if self.epsilons and kinds else None
 
-    def __call__(self, cell: Cell) -> float:
+    def __call__(self, cell: Cell | Failure) -> float:
         return float(np.log10(cell.epsilon)) if cell.epsilon is not None else self.beyond[cell.defense]
 
     def dress(self, panels: Sequence[Axes]) -> None:

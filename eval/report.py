@@ -20,7 +20,7 @@ from eval.front import front
 from eval.modelcard import model_card
 from eval.narrative import accounting, verdict
 from eval.plotting import Drawn
-from eval.results import Cell, RunResult, algorithm_name, cells, headline_metric
+from eval.results import Cell, Failure, RunResult, algorithm_name, cells, headline_metric
 from eval.rows import COLUMNS, table
 from eval.wording import CAPTIONS, LEDGER, LIMITS
 from fedgc.errors import UsageError
@@ -35,26 +35,31 @@ WITHHELD = (
 
 
 def build(
-    runs: Sequence[RunResult], out: Path, *, originals: bool = True, commands: Sequence[str] = ()
+    runs: Sequence[RunResult],
+    out: Path,
+    *,
+    originals: bool = True,
+    commands: Sequence[str] = (),
+    failures: Sequence[Failure] = (),
 ) -> dict[str, Any]:
     """Write report.html, results.csv, results.json and figures/ into ``out``; returns what was written and found.
 
     originals: whether private photos and their reconstructions may be shown; a page with faces is readable by its owner
-    only. commands: printed as the way to reproduce; without, the arguments that each run recorded. Raises UsageError where
-    there is no run.
+    only. commands: printed as the way to reproduce; without, the arguments that each run recorded. failures: runs that were asked
+    for and have no result. Raises UsageError where there is no run.
     """
     if not runs:
         raise UsageError("no run to report: give run directories, or a folder that holds some")
     grouped = cells(runs)
-    drawn = curves(grouped)
+    drawn = curves(grouped, failures)
     grids = pictures.grids(grouped) if originals else []
     said = verdict(grouped)
-    page = _page(runs, grouped, drawn, grids, originals, commands)
+    page = _page(runs, grouped, drawn, grids, originals, commands, failures)
     make_folder(out / "figures")
     for figure in drawn:
         write_bytes(out / "figures" / f"{figure.name}.svg", figure.svg)
         write_bytes(out / "figures" / f"{figure.name}.png", figure.png)
-    rows = table(runs)
+    rows = table(runs, failures)
     headline = [_headline(cell) for cell in grouped]
     write_text(out / "results.csv", _csv(rows))
     write_json(out / "results.json", {"schema": SCHEMA, "verdict": said, "headline": headline, "rows": rows})
@@ -68,7 +73,7 @@ def build(
 
 def _page(
     runs: Sequence[RunResult], grouped: Sequence[Cell], drawn: Sequence[Drawn], grids: Sequence[dict[str, Any]],
-    originals: bool, commands: Sequence[str],
+    originals: bool, commands: Sequence[str], failures: Sequence[Failure],
 ) -> str:  # fmt: skip
     import jinja2
     from markupsafe import Markup
@@ -83,7 +88,7 @@ def _page(
     script = text(SCRIPT)
     return environment.get_template(TEMPLATE).render(
         style=Markup(text(STYLE)), script=Markup(script), script_hash=_hash(script), title=_title(grouped),
-        front=front(grouped), threats=sections.threats(grouped), utility=sections.utility(grouped),
+        front=front(grouped), failures=failures, threats=sections.threats(grouped), utility=sections.utility(grouped),
         attacks=sections.attacks(grouped), ledger=LEDGER, captions=CAPTIONS, comparisons=comparisons(grouped),
         figures=[{"svg": Markup(inline(f)), "alt": f.alt, "name": f.name} for f in drawn],
         originals=originals, withheld=WITHHELD, grids=grids, selection=pictures.SELECTION,

@@ -99,6 +99,18 @@ class RunResult:
         return max(matching, key=_lead, default=None)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A run that was asked for and has no result. epsilon: as asked for, None where it was not."""
+
+    path: str
+    algorithm: str
+    defense: str
+    epsilon: float | None
+    seed: int
+    why: str
+
+
 def _with_variants(entry: Entry) -> Iterator[Entry]:
     plain = {key: value for key, value in entry.items() if key != "variants"}
     yield plain

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from eval.results import Entry, RunResult
+from eval.results import Entry, Failure, RunResult
+
+FAILED = "none: the run failed"
 
 COLUMNS = (
     "run", "algorithm", "defense", "epsilon", "seed", "threat", "attack", "batch_size", "metric", "value", "low", "high",
@@ -24,9 +26,12 @@ def gate_entries(runs: Sequence[RunResult]) -> list[Entry]:
     return out
 
 
-def table(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """One row per run, seat, attack and metric, utility and baselines included; keys are `COLUMNS`."""
-    rows: list[dict[str, Any]] = []
+def table(runs: Sequence[RunResult], failures: Sequence[Failure] = ()) -> list[dict[str, Any]]:
+    """One row per run, seat, attack and metric, utility and baselines included, and one per failed run; keys are `COLUMNS`."""
+    rows: list[dict[str, Any]] = [
+        {"run": f.path, **{key: getattr(f, key) for key in ("algorithm", "defense", "epsilon", "seed")}, "attack": FAILED,
+         "why": f.why} for f in failures
+    ]  # fmt: skip
     for run in runs:
         about = {"run": run.path, **{key: getattr(run, key) for key in ("algorithm", "defense", "epsilon", "seed")}}
         rows += _rows({**about, "attack": "utility"}, run.about.get("utility", {}), run.about.get("baselines", {}))

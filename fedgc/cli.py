@@ -169,14 +169,20 @@ def attack(
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--over", multiple=True, metavar="KEY=V1,V2,...", help="One axis of the grid; repeatable.")
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Repeat each cell with so many seeds."
+    "--seeds",
+    type=click.IntRange(min=1),
+    help="Repeat each cell with so many seeds; default: as the file says, else 1.",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/sweep"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with an unfinished sweep.")
 @json_option
-def sweep(config: Path, over: Sequence[str], seeds: int, out: Path, resume: bool, as_json: bool) -> None:
-    """Train and attack every cell of a grid, several at a time, and report them together."""
-    from fedgc.pipeline.sweeping import cells, run_sweep
+def sweep(config: Path, over: Sequence[str], seeds: int | None, out: Path, resume: bool, as_json: bool) -> None:
+    """Train and attack every cell of a grid, several at a time, and report them together.
+
+    The grid is in the [sweep] table of CONFIG, in --over, or in both.
+    """
+    from fedgc.pipeline.grids import cells
+    from fedgc.pipeline.sweeping import run_sweep
 
     with watching() as watch:
         summary = run_sweep(cells(config, over, seeds, os.environ), out, resume=resume, watch=watch)

@@ -211,7 +211,7 @@ def report_table(summary: Mapping[str, Any]) -> None:
     for sentence in summary.get("verdict", ()):
         console.print(f"• {escape(sentence)}", highlight=False)
     for failure in summary.get("failed", ()):
-        console.print(f"failed: {escape(str(failure))}", style="red")
+        console.print(f"failed: {escape(failure['cell'])}: {escape(failure['error'])}", style="red")
 
 
 def listing_table(kind: str, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -175,6 +175,45 @@ def test_a_sweep_of_two(cli: Cli, tmp_path: Path) -> None:
     )
 
 
+SWEPT = """
+[data]
+source = "synthetic:24x6"
+image_size = 32
+[federation]
+clients = 2
+rounds = 1
+local_epochs = 1
+[record]
+victims = 0
+[model]
+embedding_size = 32
+[sweep]
+attacks = ["identity-linkage"]
+threats = ["client"]
+[sweep.over]
+"federation.algorithm" = ["fedavg", "fedgc"]
+"defense.name" = ["none", "correction-noise"]
+"""
+
+
+def test_a_failed_cell_is_on_record_and_on_the_page(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text(SWEPT)
+    summary = json.loads(cli("sweep", tmp_path / "grid.toml", "--out", tmp_path / "grid", "--json").out)
+    assert (summary["runs"], [f["cell"] for f in summary["failed"]]) == (3, ["algorithm=fedavg_name=correction-noise"])
+    assert {p.name.partition("@")[0] for p in tmp_path.glob("grid/algorithm=fedavg_name=none/attacks/*")} == {
+        "identity-linkage"
+    }
+    again = cli("report", tmp_path / "grid", "-o", tmp_path / "page", "--json")
+    assert json.loads(again.out)["failed"] == summary["failed"]
+    for text in ((tmp_path / "page/report.html").read_text(), (tmp_path / "page/results.csv").read_text()):
+        assert "correction-noise changes" in text
+    mistaken = tmp_path / "mistaken.toml"
+    mistaken.write_text(SWEPT.replace("identity-linkage", "identity-linkages"))
+    one_line(cli("sweep", mistaken, "--out", tmp_path / "other"), 2, "no attack 'identity-linkages'")
+    mistaken.write_text(SWEPT.replace("threats", "threat"))
+    one_line(cli("sweep", mistaken, "--out", tmp_path / "other"), 2, "sweep.threat", "threats")
+
+
 def start(out: Path) -> subprocess.Popen[str]:
     """A training in a process of its own, that has finished its first round."""
     flags = [*TINY_FLAGS, "--set", "federation.rounds=500", "--set", "record.rounds=last"]

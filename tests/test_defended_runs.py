@@ -11,7 +11,7 @@ from fedgc.config import load_config
 from fedgc.errors import RefusedError
 from fedgc.pipeline.attacking import attack
 from fedgc.pipeline.evaluation import document
-from fedgc.pipeline.sweeping import cells
+from fedgc.pipeline.grids import cells
 from fedgc.pipeline.training import train
 from fedgc.runs import RunDirectory
 
@@ -93,3 +93,15 @@ def test_an_axis_of_epsilon_keeps_the_defense_of_the_file(tmp_path: Path) -> Non
     grid = cells(tmp_path / "c.toml", ["defense.epsilon=none,4"])
     assert [c.config().defense.name for c in grid] == ["none", "client-dp"]
     assert [c.config().defense.name for c in cells(None, ["defense.epsilon=none,4"])] == ["none", "dp-sgd"]
+
+
+def test_axes_of_the_command_line_go_before_those_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(
+        '[defense]\nname = "dp-sgd"\nnoise_seed = 4\n[sweep]\nseeds = 2\ntargets = 3\n'
+        '[sweep.over]\n"defense.epsilon" = [8, 50]\n"federation.clients" = [4]\n'
+    )
+    grid = cells(tmp_path / "c.toml", ["defense.epsilon=1"])
+    assert [c.name for c in grid] == ["epsilon=1_clients=4_seed=0", "epsilon=1_clients=4_seed=1"]
+    assert [(c.config().seed, c.config().defense.noise_seed) for c in grid] == [(0, 4), (1, 5)]
+    assert {c.targets for c in grid} == {3}
+    assert len(cells(tmp_path / "c.toml", seeds=1)) == 2

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedgc.pipeline.sweeping import Cell, run_sweep
+from fedgc.pipeline.grids import Cell
+from fedgc.pipeline.sweeping import run_sweep
 from fedgc.pipeline.watch import Watch, silent
 
 EPSILONS = (None, 300.0, 50.0, 8.0)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from eval.gate import failing, unjudged
-from eval.report import RunResult, build
+from eval.report import build
+from eval.results import Failure, RunResult
 from fedgc.config import read_toml
 from fedgc.errors import GateError, RunError
 from fedgc.files import read_json, read_tensors
@@ -18,16 +19,23 @@ from fedgc.pipeline.verdicts import with_verdict
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory
 
+SWEEP = "sweep.json"
+
 
 def report(
     paths: Sequence[Path], out: Path, *, originals: bool = True, commands: Sequence[str] = (), watch: Watch = silent
 ) -> dict[str, Any]:
-    """Write the report folder; returns its summary with the path of the page under "report"."""
+    """Write the report folder; returns its summary, with the path of the page under "report" and cells without a
+    result under "failed"."""
     runs = [load_result(path) for path in find_runs(paths)]
     watch("writing the report", 0, 1)
-    summary = build(runs, out, originals=originals, commands=commands)
+    failed = failures(paths)
+    known = [
+        Failure(f["run"], *(f[key] for key in ("algorithm", "defense", "epsilon", "seed", "error"))) for f in failed
+    ]
+    summary = build(runs, out, originals=originals, commands=commands, failures=known)
     watch("writing the report", 1, 1)
-    return {**summary, "report": str(out / "report.html")}
+    return {**summary, "failed": failed, "report": str(out / "report.html")}
 
 
 def check_gates(paths: Sequence[Path], expressions: Sequence[str]) -> list[str]:
@@ -44,10 +52,10 @@ def check_gates(paths: Sequence[Path], expressions: Sequence[str]) -> list[str]:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The runs themselves, and those inside folders of runs (a sweep)."""
+    """The runs themselves, and those inside folders of runs; of a sweep in the order of its grid, without cells that failed."""
     found = []
     for path in paths:
-        inside = sorted(p.parent for p in path.glob("*/run.json"))
+        inside = _cells_of(path) or sorted(p.parent for p in path.glob("*/run.json"))
         if (path / "run.json").exists() or not inside:
             RunDirectory(path).about()
             found.append(path)
@@ -56,6 +64,23 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     if not found:
         raise RunError("no run to report: give run directories, or a folder that holds some")
     return found
+
+
+def _cells_of(path: Path) -> list[Path]:
+    """Runs of a sweep that did not fail; none where there is no sweep."""
+    if not (path / SWEEP).exists():
+        return []
+    sweep = read_json(path / SWEEP)
+    failed = {f["cell"] for f in sweep.get("failed", [])}
+    return [path / cell["name"] for cell in sweep["cells"] if cell["name"] not in failed]
+
+
+def failures(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Cells of sweeps that ended without a result, as the sweep recorded them, each with the path that its run would have."""
+    return [
+        {**cell, "run": str(path / cell["cell"])}
+        for path in paths if (path / SWEEP).exists() for cell in read_json(path / SWEEP).get("failed", [])
+    ]  # fmt: skip
 
 
 def load_result(path: Path) -> RunResult:
