@@ -20,11 +20,12 @@ import torch
 from benchmarks import memory
 from fedgc import heads
 from fedgc.config import Config, load_config
-from fedgc.federation import Federation, Party
+from fedgc.federation import Federation
 from fedgc.models import build_model
 from fedgc.pipeline import setting as settings
 from fedgc.pipeline.memory import keep_freed_memory
 from fedgc.pipeline.setting import Setting, federation, prepare
+from fedgc.schedule import Party
 
 SETTINGS = ("data.source=synthetic:160x12", "data.augment=false", "federation.local_epochs=1", "record.victims=0")
 SCHEMES = (("centralized", 1), ("fedavg", 8), ("fedgc", 8), ("fedavg", 37), ("fedgc", 37))

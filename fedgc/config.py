@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from defenses.registry import AnyDefense
 from fedgc.algorithms import Push
 from fedgc.errors import UsageError
-from fedgc.federation import Schedule
 from fedgc.probing import Probing
+from fedgc.schedule import Schedule
 from fedgc.types import ModelSpec, Norm
 
 ENVIRONMENT = "FEDGC_PRIV_"

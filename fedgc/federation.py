@@ -1,106 +1,57 @@
 """The round loop: clients train, the server aggregates, and what crossed the wire is recorded.
 
-A round is a pure function of the state before it: every random choice has its own stream named by seed, round and
-client, so that a resumed run needs no replay and recording does not disturb training.
+A round is a pure function of the state before it. Clients are of this process, in turn, unless `Federation.ask` reaches others.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedgc.algorithms import Algorithm, owner_tensor
-from fedgc.doors import ClientPlan, Defense, Scheme
-from fedgc.errors import UsageError
-from fedgc.heads import CosineHead, initial_rows
-from fedgc.inbox import Inbox, Where
-from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
-from fedgc.models import FaceModel, build_backbone, state_tensors, train_last_layer_only
-from fedgc.probing import Probes, Probing, next_probes, require_answers
+from fedgc.algorithms import owner_tensor
+from fedgc.client import Clients
+from fedgc.heads import initial_rows
+from fedgc.inbox import Inbox
+from fedgc.models import state_tensors
+from fedgc.probing import Probes, next_probes
 from fedgc.rng import generator, on_device
-from fedgc.schedule import Party, Schedule
+from fedgc.schedule import Party
 from fedgc.types import (
     BACKBONE,
     HEAD,
     LocalConstants,
-    ModelSpec,
     State,
     Tensors,
     Transcript,
     Truth,
 )
+from fedgc.uploads import Home, Order, Upload, Where
+
+Asked = Iterable[tuple[Party, Order, Home]]
+Answers = Iterator[tuple[Party, Upload | None]]
 
 
 @dataclass(frozen=True)
 class RoundResult:
+    """missing: clients that were asked, and did not answer or were not believed."""
+
     state: State
     transcript: Transcript
     loss: float
     images: int
     dropped: int = 0
+    missing: tuple[int, ...] = ()
 
 
 @dataclass
-class Federation:
-    """Parties, scheme and defense, with one resident model that every client trains in turn. initial: `backbone.*` tensors to
-    start from in place of random ones. probing: what one client does in place of the protocol, if any does. last_layer_only:
-    whether clients train no more of the backbone than its last layer."""
+class Federation(Clients):
+    """The server's half, beside clients of this process. ask: how clients are reached in a round, None for an answer that never
+    came; recorded steps are played here always, by who holds the photos."""
 
-    algorithm: Algorithm
-    spec: ModelSpec
-    schedule: Schedule
-    parties: Sequence[Party]
-    defense: Defense
-    seed: int
-    noise_key: int
-    device: torch.device
-    initial: Tensors | None = None
-    probing: Probing | None = None
-    last_layer_only: bool = False
-
-    def __post_init__(self) -> None:
-        self.backbone = self._fresh().to(
-            memory_format=torch.channels_last
-        )  # the faster layout for convolutions on a CPU
-        self.owners = tuple(p.client for p in self.parties for _ in p.classes)
-        if self.last_layer_only:
-            train_last_layer_only(self.backbone)
-        held = [name for name, p in self.backbone.named_parameters() if not p.requires_grad]
-        held += [name for name, _ in self.backbone.named_buffers()] if self.spec.norm == "frozen" else []
-        self.constant = frozenset(BACKBONE + name for name in held)  # what no client trains, or sends
-        self.defense.check_scheme(self.scheme)
-        if self.probing is not None:
-            require_answers(self.algorithm, len(self.parties))
-        module = FaceModel(self.backbone, CosineHead(1, self.spec.embedding_size))
-        self.defense.check_module(module)
-        if self.defense.per_photo and self.schedule.precision != "float32":
-            raise UsageError(
-                f"{self.defense.name} needs federation.precision = float32: it clips the gradient of each photo"
-            )
-        self.defense = self.defense.prepared([self.plan(p) for p in self.parties])
-
-    def _fresh(self) -> nn.Module:
-        return build_backbone(self.spec, self.seed).to(self.device)
-
-    @property
-    def classes(self) -> int:
-        return len(self.owners)
-
-    @property
-    def scheme(self) -> Scheme:
-        a = self.algorithm
-        return Scheme(a.name, a.head, a.alone is None, a.corrects, len(self.participants(1)))
-
-    def plan(self, party: Party) -> ClientPlan:
-        n, batch = len(party.photos), min(self.schedule.batch_size, len(party.photos))
-        per_round = self.schedule.local_epochs * math.ceil(n / batch)
-        steps, rounds = per_round * self.schedule.rounds, self.schedule.rounds
-        return ClientPlan(party.client, n, batch, steps, party.labels.cpu(), rounds)
+    ask: Callable[[Asked], Answers] | None = None
 
     @cached_property
     def push_weight(self) -> float:
@@ -133,11 +84,6 @@ class Federation:
             1.0 if self.algorithm.alone else s.server_lr,
             s.precision,
         )
-
-    def participants(self, round: int) -> list[Party]:
-        count = max(1, round_half_up(self.schedule.participation * len(self.parties)))
-        order = torch.randperm(len(self.parties), generator=generator(self.seed, "participants", round))
-        return [self.parties[i] for i in sorted(order[:count].tolist())]
 
     def play(self, state: State, keep: Callable[[int], bool] = lambda client: True) -> RoundResult:
         """One round of training from ``state``. keep: whose updates stay in the transcript."""
@@ -175,24 +121,44 @@ class Federation:
         keep: Callable[[int], bool],
     ) -> RoundResult:
         """Clients train, each update is added up as it arrives, and the server makes the next state of the sum."""
-        examples = {p.client: len(p.photos) for p in parties}
-        got = Inbox(self.algorithm, self.defense, self.noise_key, self.constant, where, examples, state, keep)
+        asked = {p.client: len(p.photos) for p in parties}
+        got = Inbox(self.algorithm, self.defense, self.noise_key, where, asked, state, keep)
         probes = self._probes(state, where)
-        for party in parties:
-            mine = probes if self.probing and party.client == self.probing.client else None
-            result = self._train(party, state, constants, where, mine)
-            got.take(party, result, self.plan(party), mine)
+        orders = ((p, self._order(state, p, where, constants, asked), self._home(state, p, probes)) for p in parties)
+        missing = []
+        for party, upload in (self.ask if self.ask and where[0] == "round" else self._in_turn)(orders):
+            if upload is not None:
+                got.take(party, upload, self.plan(party))
+            else:
+                got.missed(self.plan(party))
+                missing.append(party.client)
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got, returned, carried)
         loss = sum(got.losses) / max(1, len(got.losses))
-        return RoundResult(new, transcript, loss, got.images, got.dropped)
+        return RoundResult(new, transcript, loss, got.images, got.dropped, tuple(missing))
+
+    def _in_turn(self, orders: Asked) -> Answers:
+        for party, order, home in orders:
+            yield party, self.answer(party, order, home)
+
+    def _order(
+        self, state: State, party: Party, where: Where, constants: LocalConstants, asked: dict[int, int]
+    ) -> Order:
+        private = self.algorithm.head == "private"
+        rows = None if private else state.rows[list(self.visible_rows(party))]
+        return Order(where, constants, state.backbone, rows, asked)
+
+    def _home(self, state: State, party: Party, probes: Probes | None) -> Home:
+        """What a client of this process would have kept."""
+        mine = list(party.classes)
+        if self.algorithm.head == "private":
+            return Home(state.rows[mine])
+        mind = probes if self.probing and party.client == self.probing.client else None
+        return Home(state.kept[HEAD][mine] if state.kept else None, mind)
 
     def _kept(self, state: State) -> Tensor:
         """Class embeddings (C, d) that clients train from: their own where they keep such, else what the server holds."""
         return state.kept.get(HEAD, state.rows)
-
-    def _visible_rows(self, party: Party) -> tuple[int, ...]:
-        return tuple(range(self.classes)) if self.algorithm.softmax_over_all else party.classes
 
     def _probes(self, state: State, where: Where) -> Probes | None:
         """What the probing client has in mind in this round; None while nobody probes."""
@@ -202,44 +168,6 @@ class Federation:
         held = state.rows if before else self._kept(state)
         received = held[list(self.parties[self.probing.client].classes)]
         return next_probes(self.probing, int(where[1]), self.seed, received, before)
-
-    def _train(
-        self, party: Party, state: State, constants: LocalConstants, where: Where, probes: Probes | None = None
-    ) -> LocalResult:
-        """The client's half: what ``party`` makes of the state, in a round on all its photos or in a recorded step on them."""
-        rows, recorded = self._visible_rows(party), where[0] == "step"
-        model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
-        start = self._kept(state)[list(rows)] if probes is None else probes.own
-        load_tensors(model, {**state.backbone, HEAD: self.defense.unblinded(start, self._clients_secret())})
-        model.train(not recorded)
-        draw = lambda key, what: generator(key, what, *self._stream(party, where))  # noqa: E731
-        if recorded:
-            n, steps = len(party.photos), constants.steps or 1
-            plan = ClientPlan(party.client, n, n, steps, party.labels.cpu())
-            batches, sampling = iter([torch.arange(n)] * steps), None
-        else:
-            plan = self.plan(party)
-            batches = epoch_batches(
-                plan.images, plan.batch_size, self.schedule.local_epochs, draw(self.seed, "batches")
-            )
-            sampling = draw(self.noise_key, "sampling")  # amplification needs it secret
-        result = train_locally(
-            model, party.photos, party.labels.to(self.device) - rows[0], batches, constants, self.defense, plan,
-            sampling=sampling, augmenting=draw(self.seed, "augment") if constants.augmented else None,
-            noise=draw(self.noise_key, "noise"),
-        )  # fmt: skip
-        return replace(
-            result, delta={**result.delta, HEAD: self.defense.blinded(result.delta[HEAD], self._clients_secret())}
-        )
-
-    def _clients_secret(self) -> torch.Generator:
-        return clients_secret(self.noise_key)
-
-    def _stream(self, party: Party, where: Where) -> Where:
-        if where[0] == "round":
-            return where[1], party.client
-        _, t, batch, number, *steps = where
-        return t, party.client, "step", batch, number, *steps
 
     def _next(
         self, state: State, got: Inbox, constants: LocalConstants, where: Where
@@ -294,7 +222,7 @@ class Federation:
             updates=got.updates,
             released={**new.backbone, **head_of(new)},
             returned=returned,
-            rows={p.client: self._visible_rows(p) for p in self.parties} if shared or stacked else {},
+            rows={p.client: self.visible_rows(p) for p in self.parties} if shared or stacked else {},
             owners=self.owners,
             examples=got.examples,
             carried=carried,
@@ -303,12 +231,3 @@ class Federation:
             summed={} if self.algorithm.alone or got.complete else got.total,
             own=got.own,
         )
-
-
-def clients_secret(noise_key: int) -> torch.Generator:
-    """The stream that all clients of a run share, and the server does not know."""
-    return generator(noise_key, "clients-secret")
-
-
-def round_half_up(x: float) -> int:
-    return math.floor(x + 0.5)

@@ -1,4 +1,4 @@
-"""What the server gathers while the clients of one round report, and every door of the defense between them and it."""
+"""What the server gathers while the clients of one round report, and every door of the defense on its side of the wire."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ from torch import Tensor
 
 from fedgc.algorithms import Algorithm, RunningMean, backbone_part
 from fedgc.doors import ClientPlan, Defense
-from fedgc.local import LocalResult
-from fedgc.probing import Probes
+from fedgc.errors import WorkFailedError
 from fedgc.rng import generator
 from fedgc.schedule import Party
 from fedgc.types import HEAD, Charge, ClientUpdate, State, Tensors
-
-Where = tuple[int | str, ...]  # names a round or a recorded step among the random streams
+from fedgc.uploads import Home, Upload, Where
 
 
 @dataclass
 class Inbox:
-    """Updates are added up as they arrive, in one accumulator. constant: names of tensors that no client trains, or sends;
-    examples: photos of each client of this round; keep: whose messages are kept for the record.
+    """Updates are added up as they arrive, in one accumulator. asked: photos of each client of this round; keep: whose messages
+    are kept for the record.
 
-    rows: (C, d) what the server holds of class embeddings, with those that have arrived; kept: as clients keep them at home, if
-    other than those; updates, own: what is kept of messages (see `Transcript`).
+    examples: as asked, of those that answered; rows: (C, d) what the server holds of class embeddings, with those that have
+    arrived; kept: as clients keep them at home, if other than those; updates, own: what is kept of messages (see `Transcript`).
     """
 
     algorithm: Algorithm
     defense: Defense
     noise_key: int
-    constant: frozenset[str]
     where: Where
-    examples: Mapping[int, int]
+    asked: Mapping[int, int]
     before: State
     keep: Callable[[int], bool]
     mean: RunningMean = field(default_factory=RunningMean)
+    examples: dict[int, int] = field(default_factory=dict)
     updates: dict[int, ClientUpdate] = field(default_factory=dict)
     own: dict[int, Tensors] = field(default_factory=dict)
     charges: tuple[Charge, ...] = ()
@@ -52,71 +50,74 @@ class Inbox:
         self.kept = {name: tensor.clone() for name, tensor in self.before.kept.items()}
         self.probes = self.before.probes
 
-    def take(self, party: Party, result: LocalResult, plan: ClientPlan, probes: Probes | None = None) -> None:
-        """What one client uploads; private class embeddings stay at home. probes: of a client that uploads them, in whole rounds,
-        in place of its class embeddings."""
-        k, head = party.client, self.algorithm.head
-        delta = {name: tensor for name, tensor in result.delta.items() if name not in self.constant}
-        sent = self._outgoing(k, backbone_part(delta) if head == "private" else delta)
-        if head == "private":
-            self.rows[list(party.classes)] += result.delta[HEAD]
-        elif head == "stacked":
-            chosen = probes if self.where[0] == "round" else None
-            sent[HEAD] = self._stack(party, sent[HEAD], result.delta[HEAD], chosen)
-        self._add(k, sent)
-        charge = self.defense.charge(plan, int(self.where[1]), result.steps)
+    def take(self, party: Party, upload: Upload, plan: ClientPlan) -> None:
+        """What one client uploads. Private class embeddings, and those that a client keeps, are put into the state only where the
+        client is of this process, or part of an experiment in several."""
+        mine, home, sent = list(party.classes), upload.home, dict(upload.sent)
+        if self.algorithm.head == "private" and home.rows is not None:
+            self.rows[mine] = home.rows
+        elif self.algorithm.head == "stacked":
+            sent[HEAD] = self._stack(party, sent[HEAD], home)
+        self._add(party.client, sent, upload.masked)
+        self._charge(plan, upload.steps)
+        self.losses += [] if math.isnan(upload.loss) else [upload.loss]
+        self.images += upload.images
+        self.dropped += upload.dropped
+
+    def missed(self, plan: ClientPlan) -> None:
+        """A client that was asked, and did not answer or is not believed. What it may have released is paid for."""
+        self._charge(plan, plan.steps // plan.rounds)
+
+    def _charge(self, plan: ClientPlan, steps: int) -> None:
+        charge = self.defense.charge(plan, int(self.where[1]), steps)
         self.charges += (charge,) if charge is not None else ()
-        self.losses += [] if math.isnan(result.loss) else [result.loss]
-        self.images += result.images
-        self.dropped += result.dropped
 
     def _stream(self, door: str, *more: int) -> torch.Generator:
         return generator(self.noise_key, door, *self.where, *more)
 
-    def _outgoing(self, k: int, tensors: Tensors) -> dict[str, Tensor]:
-        update = ClientUpdate(k, tensors, self.examples[k])
-        return dict(self.defense.outgoing(update, self._stream("outgoing", k)).tensors)
-
-    def _stack(self, party: Party, change: Tensor, trained: Tensor, probes: Probes | None) -> Tensor:
-        """Put what one client uploads as its class embeddings in their place, and return how far the server lets them move.
-
-        change: (n, d) of those that it holds, as the defense lets it out; trained: as local training made it.
-        """
+    def _stack(self, party: Party, change: Tensor, home: Home) -> Tensor:
+        """Put what one client uploads as its class embeddings in their place, and return how far the server lets them move."""
         k, mine = party.client, list(party.classes)
         held = self.rows[mine]
-        if probes is not None:
-            change = probes.sent - held
-        elif self.defense.keeps_rows:
-            self.kept[HEAD][mine] += change
-            same = generator(self.noise_key, "uploading", k)  # in every round
-            change = self.defense.uploading(k, self.kept[HEAD][mine], same) - held
         taken = self.defense.receiving(k, change, held)
-        if probes is not None:
-            came = probes if taken is change else replace(probes, sent=held + taken)
-            self.probes, self.chosen = came.after(trained).to_tensors(), party.classes
+        if home.probes is not None and self.where[0] == "round":
+            came = home.probes if taken is change else replace(home.probes, sent=held + taken)
+            self.probes, self.chosen = came.to_tensors(), party.classes
+        elif home.rows is not None:
+            self.kept[HEAD][mine] = home.rows
         self.rows[mine] += self.defense.aggregated({HEAD: taken}, 1.0, self._stream("stacked", k))[HEAD]
         return taken
 
-    def _add(self, k: int, sent: Tensors) -> None:
+    def _add(self, k: int, sent: Tensors, masked: Tensors) -> None:
         """What of an upload is averaged, added up, and the record of it: of a masked one only what is not."""
-        share = self.examples[k] / sum(self.examples.values())
         averaged = sent if self.algorithm.head == "shared" else backbone_part(sent)
         clear = sent
         if self.defense.masks:
-            weighted = {name: share * tensor for name, tensor in averaged.items()}
-            pair = lambda other: self._stream("mask", min(k, other), max(k, other))  # noqa: E731
-            self.mean.add(self.defense.masked(k, weighted, tuple(self.examples), pair), 1)
+            self.mean.add(masked, 1)
             clear = {name: tensor for name, tensor in sent.items() if name not in averaged}
         else:
-            self.mean.add(averaged, share)
+            self.mean.add(averaged, self.asked[k] / sum(self.asked.values()))
+        self.examples[k] = self.asked[k]
         if self.keep(k):
             self.own |= {k: averaged} if self.defense.masks else {}
-            self.updates |= {k: ClientUpdate(k, clear, self.examples[k])} if clear else {}
+            self.updates |= {k: ClientUpdate(k, clear, self.asked[k])} if clear else {}
 
     @cached_property
     def total(self) -> Tensors:
-        """The weighted mean of what all clients sent to be averaged."""
-        return self.defense.unmasked(self.mean.total) if self.defense.masks else self.mean.total
+        """The weighted mean of what clients sent to be averaged. Raises WorkFailedError where there is none to be had."""
+        absent = sorted(self.asked.keys() - self.examples.keys())
+        if not self.examples or (absent and self.defense.masks):
+            why = "masks only cancel where everybody answers" if self.examples else "nobody else was asked"
+            raise WorkFailedError(
+                f"round {self.where[1]} has no mean: client {', '.join(map(str, absent))} did not answer, and {why}. Rounds "
+                "before it are on disk: go on with --resume"
+            )
+        if self.defense.masks:
+            return self.defense.unmasked(self.mean.total)
+        if not absent:
+            return self.mean.total
+        whole = sum(self.asked.values()) / sum(self.examples.values())
+        return {name: whole * tensor for name, tensor in self.mean.total.items()}
 
     @property
     def complete(self) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedgc.federation import Party
 from fedgc.rng import generator
+from fedgc.schedule import Party
 
 
 def victims(parties: Sequence[Party], batch: int, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:

@@ -6,9 +6,9 @@ the seats of clients, and for scoring, and for nobody else.
 
 from __future__ import annotations
 
+from fedgc.client import clients_secret
 from fedgc.config import load_config
 from fedgc.doors import Defense
-from fedgc.federation import clients_secret
 from fedgc.runs import RunDirectory
 from fedgc.transcripts import rows_read
 from fedgc.types import Transcript

@@ -16,9 +16,10 @@ from fedgc.config import Config
 from fedgc.data.faces import FaceSet, load_faces
 from fedgc.data.splits import Splits, partition, split_identities
 from fedgc.errors import UsageError
-from fedgc.federation import Federation, Party
+from fedgc.federation import Federation
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import generator
+from fedgc.schedule import Party
 from fedgc.types import Tensors
 
 AUXILIARY_PHOTOS = 2000  # enough for a face prior; more only makes runs bigger

@@ -28,11 +28,13 @@ from fedgc.models import FaceModel, state_tensors
 from fedgc.rng import generator
 from fedgc.schedule import Party
 from fedgc.types import BACKBONE, HEAD, Charge, LocalConstants, ModelSpec, State, Tensors
+from fedgc.uploads import Home, Order, Packing
 
 Floats = NDArray[np.float64]
 Canary = Literal["long", "not finite"]
 Released = list[Floats | None]  # (D,) in each round; None where a round failed, which everybody sees
 SPEC = ModelSpec("small", "group", 8, 32, "cosface", 0.2, 8.0)
+NOTHING_TRAINED = LocalConstants(SPEC, 0.0, 1.0, 0.0, 0.0, None, 1, None, False)
 UNITS = 8  # photos or people of the audited client
 PHOTOS = 2  # of each person, at most
 SPARE = 2.0  # a canary's gradient is this many clipping norms long or longer
@@ -216,11 +218,15 @@ class WholeUpdates:
         examples = {s.party.client: s.plan.images for s in self.senders}
         for r in range(len(self.directions)):
             where = ("round", r + 1)
-            got = Inbox(self.algorithm, self.defense, key, frozenset(), where, examples, state, lambda client: True)
+            got = Inbox(self.algorithm, self.defense, key, where, examples, state, lambda client: True)
+            pack, stacked = Packing(self.algorithm, self.defense, key), self.algorithm.head == "stacked"
             for sender in self.senders:
                 absent = canary is None and sender is self.senders[0]
                 delta = {n: torch.zeros_like(t) if absent else t for n, t in sender.deltas[r].items()}
-                got.take(sender.party, LocalResult(delta, float("nan"), 1, sender.plan.images), sender.plan)
+                held = state.rows[list(sender.party.classes)] if stacked else None
+                order = Order(where, NOTHING_TRAINED, state.backbone, held, examples)
+                result = LocalResult(delta, float("nan"), 1, sender.plan.images)
+                got.take(sender.party, pack(sender.party, result, order, Home()), sender.plan)
             seen = self._flat(self._view(got)) / self.defense.max_grad_norm
             released.append(seen if np.isfinite(seen).all() else None)
         return released

@@ -13,7 +13,8 @@ from defenses.none import NoDefense
 from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.doors import Defense
-from fedgc.federation import Federation, Party, Schedule
+from fedgc.federation import Federation
+from fedgc.schedule import Party, Schedule
 from fedgc.threats import THREATS, Knowledge
 from fedgc.types import Gallery, ModelSpec, Norm, Observation, Transcript, Truth
 

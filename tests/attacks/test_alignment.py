@@ -18,8 +18,8 @@ from attacks.head_algebra import embedding_of_one, head_rows
 from attacks.identity_linkage import IdentityLinkage, person_embeddings
 from attacks.label_inference import LabelInference
 from defenses.blinded_correction import BlindedCorrection, rotation
+from fedgc.client import clients_secret
 from fedgc.errors import RefusedError
-from fedgc.federation import clients_secret
 from fedgc.models import load_backbone
 from fedgc.rng import generator
 from fedgc.types import ClassEmbeddings

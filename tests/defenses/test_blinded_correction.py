@@ -12,12 +12,14 @@ from torch import Tensor
 from defenses.blinded_correction import BlindedCorrection, rotation
 from defenses.none import NoDefense
 from fedgc.algorithms import ALGORITHMS, Push
+from fedgc.client import clients_secret
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.doors import Defense
 from fedgc.errors import UsageError
-from fedgc.federation import Federation, Party, Schedule, clients_secret
+from fedgc.federation import Federation
 from fedgc.probing import Probing
 from fedgc.rng import generator
+from fedgc.schedule import Party, Schedule
 from fedgc.transcripts import rows_read
 from fedgc.types import HEAD, ModelSpec, State
 

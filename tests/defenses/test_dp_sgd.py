@@ -21,10 +21,11 @@ from fedgc import heads
 from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.doors import ClientPlan, Defense, LocalSession
 from fedgc.errors import UsageError
-from fedgc.federation import Federation, Party, Schedule
+from fedgc.federation import Federation
 from fedgc.heads import CosineHead
 from fedgc.local import train_locally
 from fedgc.models import FaceModel, build_model
+from fedgc.schedule import Party, Schedule
 from fedgc.types import HEAD, Charge, LocalConstants, ModelSpec
 from fedgc.victims import victims
 

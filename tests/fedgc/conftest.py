@@ -12,7 +12,8 @@ from defenses.none import NoDefense
 from fedgc.algorithms import ALGORITHMS, Push
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.doors import Defense
-from fedgc.federation import Federation, Party, Schedule
+from fedgc.federation import Federation
+from fedgc.schedule import Party, Schedule
 from fedgc.types import ModelSpec
 
 PEOPLE = (2, 3, 2)  # of each client

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedgc.canaries import blots, plan_planting, planted
-from fedgc.federation import Party
 from fedgc.rng import generator
+from fedgc.schedule import Party
 
 
 @pytest.fixture

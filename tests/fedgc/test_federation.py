@@ -15,13 +15,15 @@ from defenses.dp_sgd import DPSGD
 from defenses.none import NoDefense
 from fedgc import heads
 from fedgc.algorithms import Push
+from fedgc.client import round_half_up
 from fedgc.correction import gradient
 from fedgc.errors import WorkFailedError
-from fedgc.federation import Federation, Party, Schedule, round_half_up
+from fedgc.federation import Federation
 from fedgc.heads import initial_rows
 from fedgc.local import augment, epoch_batches
 from fedgc.models import build_model
 from fedgc.rng import generator
+from fedgc.schedule import Party, Schedule
 from fedgc.threats import THREATS
 from fedgc.types import BACKBONE, HEAD, State, Transcript
 from fedgc.victims import manifest_hash, victims

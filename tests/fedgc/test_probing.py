@@ -14,10 +14,11 @@ from fedgc.config import load_config
 from fedgc.correction import gradient
 from fedgc.data.synthetic import synthetic_faces
 from fedgc.errors import UsageError
-from fedgc.federation import Federation, Party, Schedule
+from fedgc.federation import Federation
 from fedgc.probing import Probing, next_probes
 from fedgc.rng import generator
 from fedgc.rounds import Rounds
+from fedgc.schedule import Party, Schedule
 from fedgc.threats import THREATS
 from fedgc.types import HEAD, ModelSpec, State
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from defenses.dp_sgd import DPSGD
 from fedgc.algorithms import Push
-from fedgc.federation import Party
 from fedgc.models import build_backbone
+from fedgc.schedule import Party
 from fedgc.threats import THREATS, Knowledge, outsider_observation
 from fedgc.types import (
     BACKBONE,
