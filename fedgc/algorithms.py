@@ -14,15 +14,17 @@ The last two are FedGC with another push in place of its correction: all strange
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedgc import correction, spreading
 from fedgc.types import BACKBONE, Tensors
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class RunningMean:
         torch._foreach_add_([self.total[name] for name in tensors], list(tensors.values()), alpha=weight)
 
 
-def backbone_part(tensors: Tensors) -> dict[str, Tensor]:
+def backbone_part(tensors: Mapping[str, T]) -> dict[str, T]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(BACKBONE)}
 
 

@@ -172,10 +172,18 @@ class Audit(Section):
     canaries: int = Field(default=0, ge=0)
 
 
+class Flower(Section):
+    """Where engine = flower. timeout: seconds that a round waits for a client, and then goes on without it; wait: seconds for
+    nodes to appear."""
+
+    timeout: float = Field(default=3600.0, gt=0)
+    wait: float = Field(default=600.0, gt=0)
+
+
 class Config(Section):
     seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine: Literal["inprocess"] = "inprocess"
+    engine: Literal["inprocess", "flower"] = "inprocess"
     data: Data = Data()
     model: Model = Model()
     head: Head = Head()
@@ -185,6 +193,7 @@ class Config(Section):
     probing: ProbingSection = ProbingSection()
     record: Record = Record()
     audit: Audit = Audit()
+    flower: Flower = Flower()
 
     def spec(self, classes: int = 0) -> ModelSpec:
         """classes: people in the whole federation, for a softmax that counts them."""

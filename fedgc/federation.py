@@ -5,8 +5,8 @@ A round is a pure function of the state before it. Clients are of this process, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -28,22 +28,19 @@ from fedgc.types import (
     Transcript,
     Truth,
 )
-from fedgc.uploads import Home, Order, Upload, Where
-
-Asked = Iterable[tuple[Party, Order, Home]]
-Answers = Iterator[tuple[Party, Upload | None]]
+from fedgc.uploads import Answers, Ask, Asked, Home, Order, Upload, Where
 
 
 @dataclass(frozen=True)
 class RoundResult:
-    """missing: clients that were asked, and did not answer or were not believed."""
+    """missing: clients that the round went on without, and why."""
 
     state: State
     transcript: Transcript
     loss: float
     images: int
     dropped: int = 0
-    missing: tuple[int, ...] = ()
+    missing: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,7 +48,7 @@ class Federation(Clients):
     """The server's half, beside clients of this process. ask: how clients are reached in a round, None for an answer that never
     came; recorded steps are played here always, by who holds the photos."""
 
-    ask: Callable[[Asked], Answers] | None = None
+    ask: Ask | None = None
 
     @cached_property
     def push_weight(self) -> float:
@@ -125,17 +122,18 @@ class Federation(Clients):
         got = Inbox(self.algorithm, self.defense, self.noise_key, where, asked, state, keep)
         probes = self._probes(state, where)
         orders = ((p, self._order(state, p, where, constants, asked), self._home(state, p, probes)) for p in parties)
-        missing = []
+        missing = {}
         for party, upload in (self.ask if self.ask and where[0] == "round" else self._in_turn)(orders):
-            if upload is not None:
+            if isinstance(upload, Upload):
                 got.take(party, upload, self.plan(party))
-            else:
+                continue
+            missing[party.client] = upload.why
+            if upload.asked:
                 got.missed(self.plan(party))
-                missing.append(party.client)
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got, returned, carried)
         loss = sum(got.losses) / max(1, len(got.losses))
-        return RoundResult(new, transcript, loss, got.images, got.dropped, tuple(missing))
+        return RoundResult(new, transcript, loss, got.images, got.dropped, missing)
 
     def _in_turn(self, orders: Asked) -> Answers:
         for party, order, home in orders:

@@ -126,8 +126,9 @@ class Inbox:
 
     def aggregate(self) -> Tensors:
         """The mean as the defense lets it out."""
+        total = self.total
         largest = max(self.examples.values()) / sum(self.examples.values())
-        return self.defense.aggregated(self.total, largest, self._stream("aggregated"))
+        return self.defense.aggregated(total, largest, self._stream("aggregated"))
 
     def answered(self, W: Tensor) -> dict[str, Tensor]:
         """Class embeddings that clients keep at home, changed as the server, which now holds ``W``, changed those that they

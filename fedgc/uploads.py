@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fedgc.algorithms import Algorithm, backbone_part
+from fedgc.algorithms import Algorithm, T, backbone_part
 from fedgc.doors import Defense
 from fedgc.local import LocalResult
 from fedgc.probing import Probes
@@ -96,7 +96,7 @@ class Packing:
         same = generator(self.noise_key, "uploading", k)  # in every round
         return self.defense.uploading(k, own, same) - order.rows, Home(own, home.probes)
 
-    def averaged(self, sent: Tensors) -> Tensors:
+    def averaged(self, sent: Mapping[str, T]) -> Mapping[str, T]:
         """What of an upload the server averages over clients."""
         return sent if self.algorithm.head == "shared" else backbone_part(sent)
 
@@ -108,3 +108,16 @@ class Packing:
 
     def _stream(self, order: Order, door: str, *more: int) -> torch.Generator:
         return generator(self.noise_key, door, *order.where, *more)
+
+
+@dataclass(frozen=True)
+class Absence:
+    """A client without an upload, and why. asked: whether it may have sent something nevertheless."""
+
+    why: str
+    asked: bool = True
+
+
+Asked = Iterable[tuple[Party, Order, Home]]
+Answers = Iterator[tuple[Party, Upload | Absence]]
+Ask = Callable[[Asked], Answers]

@@ -17,6 +17,7 @@ from eval.recognition import PairScores
 from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
 from fedgc.federation import Federation
+from fedgc.pipeline.engines import reached, require_engine
 from fedgc.pipeline.evaluation import document, embedding, untrained_state, utility
 from fedgc.pipeline.initial import Initial, keep_initial, kept_initial, read_initial, require_other_people
 from fedgc.pipeline.memory import keep_freed_memory
@@ -70,6 +71,7 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     initial = kept_initial(run) if run.exists else read_initial(config)
     setting = prepare(config, watch)
     parties = federation(setting, initial.tensors if initial else None)  # refuses what cannot be trained
+    require_engine(config, parties)
     if not run.exists:
         require_other_people(initial, setting.faces.fingerprint())
         _start(setting, parties, run, initial)
@@ -78,7 +80,8 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     else:
         _require_same_noise(parties, run)
     parties.noise_key = run.noise_key(getattr(config.defense, "noise_seed", None))
-    state = _rounds(setting, parties, run, watch, after_round)
+    with reached(config, parties) as parties.ask:
+        state = _rounds(setting, parties, run, watch, after_round)
     privacy = parties.defense.spent(run.charge(state.ledger))
     watch("measuring utility", 0, 1)
     backbone = parties.backbone
@@ -164,6 +167,7 @@ def _rounds(
             "round": t, "loss": round(result.loss, 5), "auc": quick(state, rounds), "images": result.images,
             "epsilon": privacy["epsilon"] if privacy else None, "seconds": round(time.monotonic() - clock, 3),
             **({"dropped_gradients": result.dropped} if result.dropped else {}),
+            **({"missing": dict(result.missing)} if result.missing else {}),
         }  # fmt: skip
         run.save_round(state, metrics, parties.spec)
         after_round()
@@ -214,5 +218,6 @@ def describe(metrics: Mapping[str, Any]) -> str:
         f"loss {metrics['loss']:.3f}",
         "" if auc is None else f"AUC {auc:.3f}",
         "" if epsilon is None else f"ε ≤ {epsilon:.2f}",
+        *(f"without client {k}: {why}" for k, why in metrics.get("missing", {}).items()),
     ]
     return ", ".join(filter(None, said))
