@@ -68,6 +68,7 @@ def train(
     A finished run of the same configuration is found, not repeated.
     """
     from fedgc.config import load_config
+    from fedgc.pipeline.parallel import crew
     from fedgc.pipeline.training import train as run_training
 
     flags = {"data.source": source, "federation.algorithm": algorithm, "seed": seed, "device": device}
@@ -86,7 +87,9 @@ def train(
             raise UsageError("--resume needs --out RUN: the run to go on with")
         out = Path("runs") / f"{chosen.federation.algorithm}-{chosen.defense.name}-{chosen.digest()}"
     try:
-        with watching() as watch:
+        with watching() as watch, crew(chosen, out) as first:
+            if not first:
+                return
             result = run_training(chosen, out, resume=resume, watch=watch)
     except StopSignalError as stop:
         begun = (out / "run.json").exists()

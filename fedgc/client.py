@@ -22,6 +22,7 @@ from fedgc.models import FaceModel, build_backbone, train_last_layer_only
 from fedgc.probing import Probing, require_answers
 from fedgc.rng import generator
 from fedgc.schedule import Party, Schedule
+from fedgc.team import Team
 from fedgc.types import BACKBONE, HEAD, ModelSpec, Tensors
 from fedgc.uploads import Home, Order, Packing, Upload
 
@@ -30,7 +31,8 @@ from fedgc.uploads import Home, Order, Packing, Upload
 class Clients:
     """Parties, scheme and defense, with one resident model that every client of this process trains in turn. initial:
     `backbone.*` tensors to start from in place of random ones. probing: what one client does in place of the protocol, if any
-    does. last_layer_only: whether clients train no more of the backbone than its last layer."""
+    does. last_layer_only: whether clients train no more of the backbone than its last layer. team: other processes that share
+    every batch of a round."""
 
     algorithm: Algorithm
     spec: ModelSpec
@@ -43,6 +45,7 @@ class Clients:
     initial: Tensors | None = None
     probing: Probing | None = None
     last_layer_only: bool = False
+    team: Team | None = None
 
     def __post_init__(self) -> None:
         self.backbone = self._fresh().to(
@@ -117,7 +120,7 @@ class Clients:
         result = train_locally(
             model, party.photos, party.labels.to(self.device) - rows[0], batches, order.constants, self.defense, plan,
             sampling=sampling, augmenting=draw(self.seed, "augment") if order.constants.augmented else None,
-            noise=draw(self.noise_key, "noise"),
+            noise=draw(self.noise_key, "noise"), team=None if recorded else self.team,
         )  # fmt: skip
         blind = self.defense.blinded(result.delta[HEAD], self._clients_secret())
         return replace(result, delta={**result.delta, HEAD: blind})

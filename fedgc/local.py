@@ -15,6 +15,7 @@ from fedgc import heads
 from fedgc.doors import ClientPlan, Defense
 from fedgc.errors import WorkFailedError
 from fedgc.models import FaceModel, state_tensors
+from fedgc.team import Team
 from fedgc.types import HEAD, LocalConstants, Tensors
 
 
@@ -93,6 +94,27 @@ def products_in_bfloat16(backbone: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
+def _backward(
+    model: FaceModel,
+    x: Tensor,
+    labels: Tensor,
+    constants: LocalConstants,
+    team: Team | None,
+    parameters: list[nn.Parameter],
+) -> Tensor:
+    """Gradients of the mean loss of a batch, each process of a team on its photos; returns that loss."""
+    if team is None:
+        loss = heads.loss(model(x), labels, constants.spec)
+        loss.backward()
+        return loss
+    mine = team.part(len(x))
+    loss = x.new_zeros(())
+    if mine.stop > mine.start:
+        loss = heads.loss(model(x[mine]), labels[mine], constants.spec) * ((mine.stop - mine.start) / len(x))
+        loss.backward()
+    return team.add_up(parameters, loss)
+
+
 def train_locally(
     model: FaceModel,
     photos: Tensor,
@@ -105,8 +127,9 @@ def train_locally(
     sampling: torch.Generator | None,
     augmenting: torch.Generator | None,
     noise: torch.Generator,
+    team: Team | None = None,
 ) -> LocalResult:
-    """Train the resident model in place and return what changed.
+    """Train the resident model in place and return what changed. team: other processes that share each batch.
 
     photos: uint8 (n, 3, S, S), labels: int64 (n,) indices into the rows of the model's head. Raises WorkFailedError, before
     anything leaves the client, where the update is not finite, or the mean loss is not and no defense bounds single photos.
@@ -128,8 +151,7 @@ def train_locally(
             if augmenting is not None and len(index):
                 x = augment(x, augmenting)
             session.optimizer.zero_grad()
-            loss = heads.loss(model(x), labels[index], constants.spec)
-            loss.backward()
+            loss = _backward(model, x, labels[index], constants, team, parameters)
             if constants.clip_norm is not None and not session.bounded:
                 torch.nn.utils.clip_grad_norm_(parameters, constants.clip_norm)
             session.optimizer.step()

@@ -64,7 +64,11 @@ def attack(
         )
     chosen = [make_attack(name, settings) for name in attacks or usual_attacks(RunDirectory(path))]
     run = RunDirectory(path)
-    run.finished()
+    if run.finished().get("photos") == "at the nodes":
+        raise RunError(
+            f"{path} was trained by nodes that kept their photos, and nothing here says what an attack got right: attack an "
+            "experiment with the same settings (engine = inprocess, or nodes with source=SPEC)"
+        )
     seats = [one_of(name, THREATS, "threat") for name in threats or usual_seats(run)]
     at = tuple(recorded_rounds(run, round))
     bench = None if judge is None else Bench(run, judge, watch)

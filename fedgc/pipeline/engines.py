@@ -3,44 +3,106 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Protocol
 
 from fedgc.config import Config
 from fedgc.errors import UsageError
 from fedgc.federation import Federation
+from fedgc.pipeline.parallel import DataParallel, processes
+from fedgc.pipeline.setting import Setting, prepare
+from fedgc.pipeline.watch import Watch
 from fedgc.uploads import Ask, Packing
 
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
-@contextmanager
-def reached(config: Config, parties: Federation) -> Iterator[Ask | None]:
-    """How the clients of a federation are asked while the block lasts; None for in turn, in this process."""
-    if config.engine == "inprocess":
+
+class Engine(Protocol):
+    def prepare(self, config: Config, watch: Watch) -> Setting:
+        """Everything that training starts from."""
+
+    def reached(self, config: Config, parties: Federation) -> AbstractContextManager[Ask | None]:
+        """How clients are asked while the block lasts; None for in turn, in this process."""
+
+
+def engine_of(config: Config) -> Engine:
+    if processes() > 1:
+        return DataParallel()
+    return Simulation() if config.engine == "flower" else InProcess()
+
+
+class InProcess:
+    def prepare(self, config: Config, watch: Watch) -> Setting:
+        return prepare(config, watch)
+
+    @contextmanager
+    def reached(self, config: Config, parties: Federation) -> Iterator[Ask | None]:
         yield None
-        return
-    try:
-        from fedgc.pipeline.flower.node import client_app, simulated_clients
+
+
+class Simulation:
+    """Flower's simulation on this machine: every client in a Ray actor, on its part of the faces of the configuration."""
+
+    def prepare(self, config: Config, watch: Watch) -> Setting:
+        setting = prepare(config, watch)
+        _require_federation(config)
+        return setting
+
+    @contextmanager
+    def reached(self, config: Config, parties: Federation) -> Iterator[Ask | None]:
+        try:
+            from fedgc.pipeline.flower.node import SimulatedNode, client_app
+            from fedgc.pipeline.flower.server import GridClients, Nodes
+            from fedgc.pipeline.flower.simulation import simulated_grid
+        except ImportError as error:
+            raise UsageError(
+                f"engine = flower needs Flower and Ray ({error.name} is missing): pip install 'fedgc-priv[flower]', or use "
+                "inprocess"
+            ) from None
+        app = client_app(SimulatedNode(config.to_toml(), parties.noise_key))
+        with simulated_grid(app, len(parties.parties)) as (grid, check):
+            nodes = Nodes(grid, len(parties.parties), config, check)
+            yield GridClients(nodes, _packing(parties), {}, restores=True)
+
+
+class Deployment:
+    """Nodes that connect to a SuperLink. They share the faces of the configuration (an experiment), or keep folders of their
+    own."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def prepare(self, config: Config, watch: Watch) -> Setting:
+        from fedgc.pipeline.flower.rosters import remote_setting
+        from fedgc.pipeline.flower.server import Nodes
+
+        _require_federation(config)
+        if config.federation.clients == "people":
+            raise UsageError("federation.clients = people is for experiments: say how many nodes there are")
+        self.nodes = Nodes(self.grid, config.federation.clients, config)
+        self.roster = self.nodes.roster()
+        return prepare(config, watch) if self.roster is None else remote_setting(config, self.roster, watch)
+
+    @contextmanager
+    def reached(self, config: Config, parties: Federation) -> Iterator[Ask | None]:
         from fedgc.pipeline.flower.server import GridClients
-        from fedgc.pipeline.flower.simulation import simulated_grid
-    except ImportError as error:
-        raise UsageError(
-            f"engine = flower needs Flower and Ray ({error.name} is missing): pip install 'fedgc-priv[flower]', or use inprocess"
-        ) from None
-    app = client_app(simulated_clients(config.to_toml(), parties.noise_key), simulated=True)
-    pack = Packing(parties.algorithm, parties.defense, parties.noise_key, parties.constant)
-    with simulated_grid(app, len(parties.parties)) as (grid, check):
-        yield GridClients(
-            grid, len(parties.parties), pack, timeout=config.flower.timeout, wait=config.flower.wait, restores=True,
-            stopped=check,
-        )  # fmt: skip
+
+        told = {"config": config.to_toml(), "roster": self.roster}
+        yield GridClients(self.nodes, _packing(parties), told, restores=False)
 
 
-def require_engine(config: Config, parties: Federation) -> None:
-    """Raises UsageError where the engine cannot play this scheme."""
-    if config.engine == "inprocess":
-        return
-    if parties.algorithm.alone:
+def _packing(parties: Federation) -> Packing:
+    return Packing(parties.algorithm, parties.defense, parties.noise_key, parties.constant)
+
+
+def _require_federation(config: Config) -> None:
+    """Raises UsageError where there is nobody to send to, or a client would have to be told how to cheat."""
+    from fedgc.algorithms import ALGORITHMS
+
+    if ALGORITHMS[config.federation.algorithm].alone:
         raise UsageError(
-            f"engine = flower: {config.federation.algorithm} has one party and nobody to send to; use inprocess"
+            f"engine = flower: {config.federation.algorithm} has one party, and nobody to send to; use inprocess"
         )
-    if parties.probing is not None:
+    if config.probing.rounds:
         raise UsageError("engine = flower plays no probing client: set probing.rounds = 0, or use inprocess")

@@ -27,8 +27,8 @@ AUXILIARY_PHOTOS = 2000  # enough for a face prior; more only makes runs bigger
 
 @dataclass(frozen=True)
 class Setting:
-    """people: the person (index into faces.names) of each class. parties: with the photos of people alone; canaries: what is put
-    among them, or not, in training."""
+    """people: the person (index into faces.names) of each class; nobody, where nodes keep their photos and parties have none.
+    parties: with the photos of people alone; canaries: what is put among them, or not, in training."""
 
     config: Config
     faces: FaceSet
@@ -37,6 +37,10 @@ class Setting:
     people: tuple[int, ...]
     device: torch.device
     canaries: Planting | None = None
+
+    @property
+    def classes(self) -> int:
+        return sum(len(party.classes) for party in self.parties)
 
 
 def prepare(config: Config, watch: Watch = silent) -> Setting:
@@ -86,7 +90,7 @@ def federation(setting: Setting, initial: Tensors | None = None) -> Federation:
     """The federation of a setting, with a noise key that nobody knows; a run replaces it by its own."""
     config = setting.config
     return Federation(
-        ALGORITHMS[config.federation.algorithm], config.spec(len(setting.people)), config.schedule(),
+        ALGORITHMS[config.federation.algorithm], config.spec(setting.classes), config.schedule(),
         planted(setting.parties, setting.canaries), config.defense, config.seed, secrets.randbits(256), setting.device,
         initial, config.plan_of_probing(), config.model.trained == "last",
     )  # fmt: skip

@@ -17,11 +17,11 @@ from eval.recognition import PairScores
 from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
 from fedgc.federation import Federation
-from fedgc.pipeline.engines import reached, require_engine
+from fedgc.pipeline.engines import Engine, engine_of
 from fedgc.pipeline.evaluation import document, embedding, untrained_state, utility
 from fedgc.pipeline.initial import Initial, keep_initial, kept_initial, read_initial, require_other_people
 from fedgc.pipeline.memory import keep_freed_memory
-from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, photos_of, prepare
+from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, gallery, notes, photos_of
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory, provenance, require_new
 from fedgc.transcripts import transcript_name
@@ -42,11 +42,13 @@ def train(
     resume: bool = False,
     watch: Watch = silent,
     after_round: Callable[[], None] | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate, or find that it was done; returns the document of ``train --json``.
 
     A finished run of the same configuration is returned as it is; an unfinished one needs ``resume``; anything else in
-    ``out`` is left alone. ``after_round`` is called when a round is safely on disk.
+    ``out`` is left alone. ``after_round`` is called when a round is safely on disk. engine: where
+    clients live, if not where the configuration says.
     """
     run = RunDirectory(out)
     if config is None:
@@ -64,14 +66,15 @@ def train(
             require_new(run, config.to_toml(), config.digest())
         elif run.about().get("config_digest") != config.digest():
             raise RunError(f"{out} was trained with another configuration: --resume takes no changed settings")
-        return _train(config, run, watch, after_round or (lambda: None))
+        return _train(config, run, engine or engine_of(config), watch, after_round or (lambda: None))
 
 
-def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callable[[], None]) -> dict[str, Any]:
+def _train(
+    config: Config, run: RunDirectory, engine: Engine, watch: Watch, after_round: Callable[[], None]
+) -> dict[str, Any]:
     initial = kept_initial(run) if run.exists else read_initial(config)
-    setting = prepare(config, watch)
+    setting = engine.prepare(config, watch)
     parties = federation(setting, initial.tensors if initial else None)  # refuses what cannot be trained
-    require_engine(config, parties)
     if not run.exists:
         require_other_people(initial, setting.faces.fingerprint())
         _start(setting, parties, run, initial)
@@ -80,7 +83,7 @@ def _train(config: Config, run: RunDirectory, watch: Watch, after_round: Callabl
     else:
         _require_same_noise(parties, run)
     parties.noise_key = run.noise_key(getattr(config.defense, "noise_seed", None))
-    with reached(config, parties) as parties.ask:
+    with engine.reached(config, parties) as parties.ask:
         state = _rounds(setting, parties, run, watch, after_round)
     privacy = parties.defense.spent(run.charge(state.ledger))
     watch("measuring utility", 0, 1)
@@ -130,7 +133,7 @@ def _start(setting: Setting, parties: Federation, run: RunDirectory, initial: In
         {
             "config_digest": config.digest(), "seed": config.seed, "device": str(setting.device),
             "algorithm": config.federation.algorithm, "rounds": config.federation.rounds,
-            "clients": len(setting.parties), "classes": len(setting.people),
+            "clients": len(setting.parties), "classes": setting.classes, "photos": "here" if setting.people else "at the nodes",
             "images": sum(len(p.photos) for p in parties.parties), "source": config.data.source,
             "dataset": faces.fingerprint(), "skipped": len(faces.skipped),
             "skipped_files": [{"path": s.path, "reason": s.reason} for s in faces.skipped[:NAMED_SKIPS]],

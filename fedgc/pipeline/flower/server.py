@@ -3,103 +3,81 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgc.acceptance import problem_with
-from fedgc.errors import WorkFailedError
+from fedgc.config import Config
+from fedgc.errors import RunError, UsageError, WorkFailedError
+from fedgc.pipeline.flower.rosters import Roster
 from fedgc.pipeline.flower.wire import ABOUT, about, arrays, content_to_upload, note, order_to_content
 from fedgc.uploads import Absence, Answers, Asked, Home, Order, Packing, Upload
 
-HELLO_SECONDS = 60.0
+HELLO_SECONDS = 120.0
 POLL_SECONDS = 0.02
 MOST_POLL_SECONDS = 1.0
+LOOK_SECONDS = 0.2
 
 
-class GridClients:
-    """One message a client and round. timeout: seconds that a round waits for answers; wait: for the first node of every client;
-    restores: whether a client that has lost its class embeddings, or never had them, is sent those of the record."""
+class Nodes:
+    """Which node speaks for which client, and messages to them and back. check: raises where nothing more can come."""
 
-    def __init__(
-        self, grid: Grid, clients: int, pack: Packing, *, timeout: float, wait: float, restores: bool,
-        stopped: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
-        self.grid, self.clients, self.pack = grid, clients, pack
-        self.timeout, self.wait, self.restores, self.stopped = timeout, wait, restores, stopped
-        self.known: dict[int, int | None] = {}  # client of each node; None of one that did not say
-        self.restored: set[int] = set()
+    def __init__(self, grid: Grid, clients: int, config: Config, check: Callable[[], None] = lambda: None) -> None:
+        self.grid, self.clients, self.config, self.check = grid, clients, config, check
+        self.told: dict[int, dict[str, Any]] = {}  # by every node that was greeted
 
-    def __call__(self, orders: Asked) -> Answers:
-        nodes = self._nodes()
-        asked, sent = [], {}
-        packed = None
-        for party, order, home in orders:
-            asked.append((party, order))
-            if party.client in nodes:
-                packed = packed or arrays(order.backbone)
-                rest = home if self.restores and party.client not in self.restored else Home()
-                self.restored.add(party.client)
-                sent[nodes[party.client]] = self._message(
-                    nodes[party.client], "train", order_to_content(order, packed, rest), str(order.where[1])
-                )
-        replies = self._exchange(list(sent.values()), self.timeout)
-        for party, order in asked:
-            node = nodes.get(party.client)
-            if node is None:
-                yield party, Absence("no node speaks for it", asked=False)
-            else:
-                yield party, self._read(replies.get(node), party.client, order)
-
-    def _read(self, reply: Message | None, client: int, order: Order) -> Upload | Absence:
-        if reply is None:
-            return Absence(f"no answer within {self.timeout:g} s")
-        if reply.has_error():
-            return Absence(f"its node failed: {' '.join(str(reply.error.reason).split())[:200]}")
-        try:
-            upload = content_to_upload(reply.content, client, order.where)
-        except (ValueError, KeyError, TypeError) as error:
-            return Absence(f"its answer was refused: {error}")
-        problem = problem_with(upload, order, self.pack)
-        return Absence(f"its answer was refused: {problem}") if problem else upload
-
-    def _nodes(self) -> dict[int, int]:
+    def present(self) -> dict[int, int]:
         """The node of each client that has one now. Waits for all the first time, and later for one."""
-        deadline = time.monotonic() + self.wait
-        enough = 1 if self.known else self.clients
+        deadline = time.monotonic() + self.config.flower.wait
+        enough = 1 if self.told else self.clients
         while True:
             here = set(self.grid.get_node_ids())
-            self._greet(sorted(here - self.known.keys()))
-            found = {client: node for node, client in self.known.items() if client is not None and node in here}
+            self._greet(sorted(here - self.told.keys()))
+            found = {told["client"]: node for node, told in self.told.items() if node in here and "client" in told}
             if len(found) >= enough:
                 return found
             if time.monotonic() > deadline:
                 lost = ", ".join(str(k) for k in range(self.clients) if k not in found)
                 raise WorkFailedError(
-                    f"no node for client {lost} within {self.wait:g} s: start one with partition-id={lost.partition(',')[0]}"
+                    f"no node for client {lost} within {self.config.flower.wait:g} s (flower.wait): start one with "
+                    f"partition-id={lost.partition(',')[0]}"
                 )
-            self.stopped()
-            time.sleep(0.2)
+            self.check()
+            time.sleep(LOOK_SECONDS)
+
+    def roster(self) -> Roster | None:
+        """Photos of each person of every client, where nodes keep them; None where all share the faces of the configuration."""
+        found = [self.told[node].get("photos") for _, node in sorted(self.present().items())]
+        if all(photos is None for photos in found):
+            return None
+        if any(photos is None for photos in found):
+            raise UsageError("some nodes have faces=FOLDER and others source=SPEC: all must have one or the other")
+        return found  # type: ignore[return-value]
 
     def _greet(self, nodes: list[int]) -> None:
-        hello = [self._message(node, "query", RecordDict({ABOUT: note()}), "hello") for node in nodes]
-        for node, reply in self._exchange(hello, HELLO_SECONDS).items():
-            client = None if reply.has_error() else about(reply.content).get("client")
-            self.known[node] = client if isinstance(client, int) and 0 <= client < self.clients else None
+        """Ask new nodes whom they speak for. One that does not say is not asked again."""
+        hello = RecordDict({ABOUT: note(config=self.config.to_toml())})
+        replies = self.exchange(
+            [self.message(node, "query", hello, "hello", HELLO_SECONDS) for node in nodes], HELLO_SECONDS
+        )
+        for node in nodes:
+            self.told[node] = _introduction(replies.get(node), self.clients)
+            if why := self.told[node].get("why"):
+                raise RunError(f"a node could not join: {why}")
 
-    def _message(self, node: int, kind: str, content: RecordDict, group: str) -> Message:
-        return self.grid.create_message(content, kind, node, group, ttl=max(self.timeout, HELLO_SECONDS))
+    def message(self, node: int, kind: str, content: RecordDict, group: str, ttl: float) -> Message:
+        return self.grid.create_message(content, kind, node, group, ttl=ttl)
 
-    def _exchange(self, messages: list[Message], timeout: float) -> dict[int, Message]:
+    def exchange(self, messages: list[Message], timeout: float) -> dict[int, Message]:
         """Answers by node; polls often at first, since a simulation answers in milliseconds."""
-        if not messages:
-            return {}
-        waiting = set(self.grid.push_messages(messages))
+        waiting = set(self.grid.push_messages(messages)) if messages else set()
         found: dict[int, Message] = {}
         deadline, pause = time.monotonic() + timeout, POLL_SECONDS
         while waiting and time.monotonic() < deadline:
-            self.stopped()
+            self.check()
             for reply in self.grid.pull_messages(waiting):
                 waiting.discard(reply.metadata.reply_to_message_id)
                 found[reply.metadata.src_node_id] = reply
@@ -107,3 +85,65 @@ class GridClients:
                 time.sleep(pause)
                 pause = min(pause * 1.1, MOST_POLL_SECONDS)
         return found
+
+
+def _introduction(reply: Message | None, clients: int) -> dict[str, Any]:
+    if reply is None:
+        return {}
+    if reply.has_error():
+        return {"why": _reason(reply)}
+    told = about(reply.content)
+    client, photos = told.get("client"), told.get("photos")
+    if type(client) is not int or not 0 <= client < clients:
+        return {"why": f"partition-id is {client!r}, and there are {clients} clients (federation.clients)"}
+    if photos is not None and not (photos and all(type(n) is int and n > 0 for n in photos)):
+        return {"why": f"client {client} has no person with two photos or more"}
+    return {"client": client, "photos": photos}
+
+
+def _reason(reply: Message) -> str:
+    return " ".join(str(reply.error.reason).split())[:300]
+
+
+class GridClients:
+    """One message a client and round. told: goes with every order; restores: whether a client that never trained in this
+    session is sent the class embeddings that the record says it keeps."""
+
+    def __init__(self, nodes: Nodes, pack: Packing, told: Mapping[str, Any], *, restores: bool) -> None:
+        self.nodes, self.pack, self.told, self.restores = nodes, pack, told, restores
+        self.restored: set[int] = set()
+
+    def __call__(self, orders: Asked) -> Answers:
+        timeout = self.nodes.config.flower.timeout
+        present = self.nodes.present()
+        asked, messages, backbone = [], [], None
+        for party, order, home in orders:
+            node = present.get(party.client)
+            asked.append((party, order, node))
+            if node is not None:
+                backbone = backbone or arrays(order.backbone)
+                content = order_to_content(order, backbone, self._restored(party.client, home), **self.told)
+                messages.append(self.nodes.message(node, "train", content, str(order.where[1]), timeout))
+        replies = self.nodes.exchange(messages, timeout)
+        for party, order, node in asked:
+            if node is None:
+                yield party, Absence("no node speaks for it", asked=False)
+            else:
+                yield party, self._read(replies.get(node), party.client, order)
+
+    def _restored(self, client: int, home: Home) -> Home:
+        first = self.restores and client not in self.restored
+        self.restored.add(client)
+        return home if first else Home()
+
+    def _read(self, reply: Message | None, client: int, order: Order) -> Upload | Absence:
+        if reply is None:
+            return Absence(f"no answer within {self.nodes.config.flower.timeout:g} s")
+        if reply.has_error():
+            return Absence(f"its node failed: {_reason(reply)}")
+        try:
+            upload = content_to_upload(reply.content, client, order.where)
+        except (ValueError, KeyError, TypeError) as error:
+            return Absence(f"its answer was refused: {error}")
+        problem = problem_with(upload, order, self.pack)
+        return Absence(f"its answer was refused: {problem}") if problem else upload

@@ -94,7 +94,5 @@ def content_to_upload(content: RecordDict, client: int, where: tuple[int | str, 
     if not isinstance(loss, float) or not all(type(n) is int for n in counts):
         raise ValueError("its loss or counts are not numbers")
     steps, images, dropped = counts
-    home = Home(one_of(content, HOME))
-    return Upload(
-        client, tensors_of(content, SENT), loss, steps, images, dropped, tensors_of(content, MASKED), home  # type: ignore[arg-type]
-    )  # fmt: skip
+    clear, masked = tensors_of(content, SENT), tensors_of(content, MASKED)
+    return Upload(client, clear, loss, steps, images, dropped, masked, Home(one_of(content, HOME)))  # type: ignore[arg-type]
