@@ -103,17 +103,18 @@ def main() -> None:
     one_thread()
     keep_freed_memory()
     model = fitted()
-    print(
-        f"a photo {1000 * model.photo:.2f} ms, a client {1000 * model.client:.1f} ms, C² d of the correction {model.pair:.2e} s"
-    )
+    print(f"a photo {1000 * model.photo:.2f} ms, a client {1000 * model.client:.1f} ms, {model.pair:.2e} s times C² d")
     for clients, people in POINTS:
         if people > options.most:
             continue
         predicted, found = model.seconds(clients, people), round_seconds(parties(clients, people), 1)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         share = model.pair * people**2 * D / predicted
-        print(f"{clients} clients, {people} identities: predicted {predicted:.1f} s, measured {found:.1f} s "
-              f"({found / predicted:.2f}); correction {100 * share:.0f} % of it; peak so far {memory:.1f} GB", flush=True)  # fmt: skip
+        print(
+            f"{clients} clients, {people} identities: predicted {predicted:.1f} s, measured {found:.1f} s "
+            f"({found / predicted:.2f}); correction {100 * share:.0f} % of it; peak so far {memory:.1f} GB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

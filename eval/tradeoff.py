@@ -98,6 +98,7 @@ def _scatter(panel: Axes, cells: Sequence[Cell], measure: Measure, seat: str) ->
             0.98, 0.03, f"{', '.join(nothing)}: nothing to attack", transform=panel.transAxes, ha="right", fontsize=9,
             style="italic",
         )  # fmt: skip
+    panel.margins(x=0.16)  # room for names
     panel.set_xlabel(measure.axis.replace("\n", " "))
     return named
 
@@ -118,7 +119,8 @@ def _point(panel: Axes, cell: Cell, measure: Measure, seat: str, label: str | No
 
 
 def _name_points(panel: Axes, names: Sequence[Named]) -> None:
-    """Write each name at the first place near its point that no point and no other name covers."""
+    """Write each name at the first place near its point that lies in the panel and that no point and no other name covers."""
+    edge = panel.get_window_extent()
     dots = [panel.transData.transform(at) for _, at, _ in names]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
     for (text, at, colour), (x, y) in zip(names, dots, strict=True):
@@ -126,6 +128,8 @@ def _name_points(panel: Axes, names: Sequence[Named]) -> None:
         for dx, dy in AROUND:
             left, below = x + dx - (wide if dx < 0 else 0), y + dy - high / 2
             spot = (left, below, left + wide, below + high)
+            if left < edge.x0 or left + wide > edge.x1:
+                continue
             if not any(spot[0] < t[2] and t[0] < spot[2] and spot[1] < t[3] and t[1] < spot[3] for t in taken):
                 break
         taken.append(spot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import shutil
 import stat
 import subprocess
@@ -22,7 +23,8 @@ from fedgc.data.faces import load_faces
 from fedgc.errors import RefusedError, UsageError
 from fedgc.files import read_tensors, write_tensors
 from fedgc.foreign import save_update
-from fedgc.models import build_backbone
+from fedgc.heads import initial_rows
+from fedgc.models import build_backbone, build_model
 from fedgc.pipeline.attacking import attack
 from fedgc.types import ModelSpec
 
@@ -49,6 +51,23 @@ def truth(tmp_path: Path) -> Path:
     faces = load_faces("synthetic:10x2", image_size=32, align="none", seed=0)
     save_file({"images": faces.images[PHOTOS], "labels": torch.tensor(PEOPLE)}, tmp_path / "truth.safetensors")
     return tmp_path / "truth.safetensors"
+
+
+def test_an_update_made_by_flower_is_attacked_as_one_of_plain_pytorch(tmp_path: Path) -> None:
+    pytest.importorskip("flwr", reason="needs pip install 'fedgc-priv[flower]'")
+    from flwr.app import ArrayRecord, Context, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    example = runpy.run_path(str(ROOT / "examples/flower_client.py"))
+    model = build_model(example["spec"], classes=10)
+    model.head.weight.data = initial_rows(10, 32, torch.Generator().manual_seed(0))
+    sent = Message(RecordDict({"arrays": ArrayRecord(model.state_dict())}), 1, "train")
+    context = Context(1, 1, {"keep": str(tmp_path / "update.safetensors")}, RecordDict(), {})
+    reply = example["app"](sent, context)
+    assert not reply.has_error()
+    (found,) = attack(tmp_path / "update.safetensors", ["label-inference"], faces=FACES)
+    assert found["labels"] == list(PEOPLE)
 
 
 def by_name(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

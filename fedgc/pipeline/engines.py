@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
@@ -88,7 +89,10 @@ class Deployment:
     def reached(self, config: Config, parties: Federation) -> Iterator[Ask | None]:
         from fedgc.pipeline.flower.server import GridClients
 
-        told = {"config": config.to_toml(), "roster": self.roster}
+        run = hashlib.sha256(f"run {config.digest()} {parties.noise_key}".encode()).hexdigest()[
+            :16
+        ]  # the same when it goes on
+        told = {"config": config.to_toml(), "roster": self.roster, "run": run}
         yield GridClients(self.nodes, _packing(parties), told, restores=False)
 
 

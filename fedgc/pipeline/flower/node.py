@@ -19,7 +19,7 @@ from fedgc.data.faces import FaceSet
 from fedgc.errors import UsageError
 from fedgc.federation import Federation
 from fedgc.heads import initial_rows
-from fedgc.pipeline.flower.memory import ROWS, UPLOADED, Memory, key_of_secret
+from fedgc.pipeline.flower.memory import Memory, key_of_secret
 from fedgc.pipeline.flower.rosters import counts_of, parties_of
 from fedgc.pipeline.flower.wire import ABOUT, about, content_to_order, note, upload_to_content
 from fedgc.pipeline.setting import Setting, federation, load_config_faces, prepare
@@ -40,7 +40,7 @@ class Node(Protocol):
 
     def clients(self, context: Context, told: Told, memory: Memory) -> Clients: ...
 
-    def memory(self, context: Context) -> Memory: ...
+    def memory(self, context: Context, told: Told) -> Memory: ...
 
 
 def client_app(node: Node) -> ClientApp:
@@ -53,9 +53,12 @@ def client_app(node: Node) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        memory = node.memory(context)
-        mine = node.clients(context, about(message.content), memory)
+        told = about(message.content)
+        memory = node.memory(context, told)
+        mine = node.clients(context, told, memory)
         order, home = content_to_order(message.content)
+        if not node.simulated:
+            memory.require_same(order)
         upload = answer(mine, _client(context), order, home, memory)
         return Message(upload_to_content(upload, order, everything=node.simulated), reply_to=message)
 
@@ -69,7 +72,7 @@ def answer(mine: Clients, client: int, order: Order, sent: Home, memory: Memory)
     charge = mine.defense.charge(mine.plan(party), int(order.where[1]), upload.steps)
     rows = upload.home.rows
     uploaded = None if rows is None or order.rows is None else order.rows + upload.sent[HEAD]
-    memory.keep(rows, uploaded, charge)
+    memory.keep(int(order.where[1]), rows, uploaded, charge)
     return upload
 
 
@@ -77,7 +80,7 @@ def _at_home(mine: Clients, client: int, order: Order, sent: Home, memory: Memor
     """Class embeddings as the client keeps them, moved as the server has moved those that it uploaded last."""
     if mine.algorithm.head != "private" and not mine.defense.keeps_rows:
         return Home()
-    rows, uploaded = memory.rows(ROWS), memory.rows(UPLOADED)
+    rows, uploaded = memory.rows(int(order.where[1]))
     if rows is None and sent.rows is not None:
         return sent
     if rows is None:  # this client trains for the first time
@@ -104,7 +107,7 @@ class SimulatedNode:
     def clients(self, context: Context, told: Told, memory: Memory) -> Clients:
         return _prepared(self.config_toml, self.noise_key)
 
-    def memory(self, context: Context) -> Memory:
+    def memory(self, context: Context, told: Told) -> Memory:
         return Memory(context)
 
 
@@ -127,9 +130,11 @@ class DeployedNode:
     def photos(self, context: Context, told: Told) -> list[int] | None:
         return counts_of(_faces(context, told)) if "faces" in context.node_config else None
 
-    def memory(self, context: Context) -> Memory:
-        home = context.node_config.get("home")
-        return Memory(context, Path(str(home)) / f"run-{context.run_id}" if home else None)
+    def memory(self, context: Context, told: Told) -> Memory:
+        home, run = context.node_config.get("home"), str(told["run"])
+        if not run.isalnum():
+            raise UsageError(f"the server calls its run {run!r}, which is no name for a folder")
+        return Memory(context, Path(str(home)) / run if home else None)
 
     def clients(self, context: Context, told: Told, memory: Memory) -> Clients:
         config = _config(context, told)
