@@ -29,7 +29,7 @@ from fedgc.pipeline.flower.wire import ABOUT, SENT, about, note
 from fedgc.pipeline.training import train
 from fedgc.runs import RunDirectory
 
-CLIENTS, ROUNDS, TIMEOUT = 3, 4, 15.0
+CLIENTS, ROUNDS, TIMEOUT = 3, 4, 45.0
 SETTINGS = (
     "data.source=synthetic:24x6", "data.image_size=32", f"federation.clients={CLIENTS}", f"federation.rounds={ROUNDS}",
     "federation.local_epochs=1", "record.victims=0", "model.embedding_size=32", f"flower.timeout={TIMEOUT:g}",

@@ -76,10 +76,13 @@ def left_behind(*names: str) -> list[str]:
 
 
 def test_a_simulation_is_the_same_training_and_leaves_no_process(here: Path) -> None:
-    before = left_behind("raylet", "ray::")
+    before = left_behind("raylet", "ray::", "gcs_server")
     train(load_config(here / "config.toml", settings=("engine=flower",)), here / "simulated")
     same(here / "simulated", here / "here")
-    assert left_behind("raylet", "ray::") == before
+    deadline = time.monotonic() + 30  # they are told to go, and take a moment
+    while (left := left_behind("raylet", "ray::", "gcs_server")) != before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == before
 
 
 def free_port() -> int:
@@ -105,6 +108,16 @@ def started(command: list[str], log: Path, environment: dict[str, str]) -> Itera
         process.wait()
 
 
+def wait_for(address: str, seconds: float = 120) -> None:
+    host, _, port = address.partition(":")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.2)
+
+
 def test_a_deployment_is_the_same_training(here: Path, tmp_path: Path) -> None:
     link, home = f"127.0.0.1:{free_port()}", tmp_path / "home"
     home.mkdir()
@@ -126,6 +139,7 @@ def test_a_deployment_is_the_same_training(here: Path, tmp_path: Path) -> None:
         started(node(0), tmp_path / "0.log", environment),
         started(node(1), tmp_path / "1.log", environment),
     ):
+        wait_for(link)
         asked = f'config="{here / "config.toml"}" out="{tmp_path / "run"}"'
         done = subprocess.run(
             [str(PROGRAMS / "flwr"), "run", str(ROOT / "examples/flower"), "here", "--stream", "--run-config", asked],

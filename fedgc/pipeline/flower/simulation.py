@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ def simulated_grid(app: ClientApp, nodes: int) -> Iterator[tuple[Grid, Callable[
             done.set()
 
     def check() -> None:
+        _take_signals_back()  # at every look, since Ray starts at its own time
         if done.is_set():
             raise WorkFailedError(f"Flower's simulation has ended: {failure[0] if failure else 'no reason was given'}")
 
@@ -76,3 +78,12 @@ def simulated_grid(app: ClientApp, nodes: int) -> Iterator[tuple[Grid, Callable[
         done.set()
         thread.join(END_SECONDS)
         ray.shutdown()
+
+
+def _take_signals_back() -> None:
+    """Ray has put a handler of its own, which prints a stack, before the one that this process has."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if handler is not None:
+                signal.signal(number, handler)
