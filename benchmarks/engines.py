@@ -63,7 +63,8 @@ def in_process(clients: int, rounds: int) -> list[float]:
 def of_pfl(clients: int, rounds: int) -> list[float]:
     """pfl's FederatedAveraging in its own simulation, over the same photos, batches and steps."""
     from pfl.aggregate.simulate import SimulatedBackend
-    from pfl.algorithm.federated_averaging import FederatedAveraging, NNAlgorithmParams
+    from pfl.algorithm.base import NNAlgorithmParams
+    from pfl.algorithm.federated_averaging import FederatedAveraging
     from pfl.callback.base import TrainingProcessCallback
     from pfl.data.dataset import Dataset
     from pfl.data.federated_dataset import FederatedDataset

@@ -47,7 +47,8 @@ def is_late(reply: Message) -> Message:
 
 
 def is_not_finite(reply: Message) -> Message:
-    reply.content.array_records[SENT]["head.weight"] = Array(torch.full((8, 32), torch.nan).numpy())
+    record = reply.content.array_records[SENT]
+    record["head.weight"] = Array(record["head.weight"].numpy() * float("nan"))
     return reply
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -102,7 +103,10 @@ def _introduction(reply: Message | None, clients: int) -> dict[str, Any]:
 
 
 def _reason(reply: Message) -> str:
-    return " ".join(str(reply.error.reason).split())[:300]
+    """The last line of what went wrong at the node: the lines before are a stack."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(reply.error.reason))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    return (lines[-1].removesuffix("'>") if lines else "it gave no reason")[:300]
 
 
 class GridClients:
