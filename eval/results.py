@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eval.statistics import over_seeds
+from eval.statistics import mean_of_seeds, over_seeds
 
 Entry = dict[str, Any]
 Value = Mapping[str, Any]
@@ -192,8 +192,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Spread:
-    """A measured value over seeds: the mean of their values; interval, n and chance are those of the first with a value,
-    unless the caller knows better."""
+    """A measured value over seeds: the mean of their values, with an interval from theirs (`eval.statistics.mean_of_seeds`)
+    unless the caller knows better; n and chance are those of the first with a value."""
 
     value: float | None
     low: float | None = None
@@ -210,16 +210,13 @@ class Spread:
             why = next((v.get("why") for v in values if v), None)
             return cls(None, why=why)
         seeds = tuple(float(v["value"]) for v in there)
+        ends = [
+            (float(v["low"]), float(v["high"])) for v in there if v.get("low") is not None and v.get("high") is not None
+        ]
+        known = len(ends) == len(there)
+        low, high = mean_of_seeds(seeds, *zip(*ends, strict=True)) if known else (None, None)
         first = there[0]
-        return cls(
-            sum(seeds) / len(seeds),
-            first.get("low"),
-            first.get("high"),
-            first.get("n"),
-            first.get("chance"),
-            None,
-            seeds,
-        )
+        return cls(sum(seeds) / len(seeds), low, high, first.get("n"), first.get("chance"), None, seeds)
 
     def json(self) -> dict[str, Any]:
         """In the form of a measured value, with each seed's value where there are several."""

@@ -145,7 +145,8 @@ LIMITS = (
     "Below 100 targets no sentence here says that something does not leak: 0 successes in 20 still allow 13.9 % (one-sided, "
     "95 %), 0 in 100 still allow 3.0 %.",
     "Intervals resample people or victims. Where a configuration has several seeds, its value is their mean; utility and paired "
-    "differences resample seeds and people together, while an attack's interval is that of the first seed.",
+    "differences resample seeds and people together, while an attack's interval averages those of the seeds and adds what "
+    "differs between them.",
     "Of each seat the best of several attacks is shown; it was chosen by these results, and so looks a little better than it is.",
     "PSNR and SSIM measure pixels, not whether a person can be recognised.",
     "Attacks that are not listed were not run; malicious servers, malicious clients and collusion are outside these figures "

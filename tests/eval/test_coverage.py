@@ -14,7 +14,16 @@ from scipy.stats import binom, norm
 
 from eval.paired import paired_rate
 from eval.recognition import verified
-from eval.statistics import Measured, bootstrap_mean, bootstrap_median, bootstrap_paired, over_seeds, rate
+from eval.statistics import (
+    Measured,
+    bootstrap_mean,
+    bootstrap_median,
+    bootstrap_paired,
+    clopper_pearson,
+    mean_of_seeds,
+    over_seeds,
+    rate,
+)
 
 PEOPLE = (20, 50, 100)
 LEAST = 0.9
@@ -178,3 +187,34 @@ def utility_coverage(people: int, repeats: int) -> dict[str, float]:
 def test_utility_and_its_differences_hold_the_truth(people: int) -> None:
     found = utility_coverage(people, repeats=200)
     assert min(found.values()) >= enough(200), found
+
+
+@pytest.mark.parametrize("people", PEOPLE)
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("between", [0.0, 0.05])
+def test_a_rate_over_three_seeds(people: int, shared: bool, between: float) -> None:
+    """Victims have a difficulty each, the same people in every seed or others; models of other seeds leak more or less."""
+
+    def simulated(n: int, rng: np.random.Generator) -> tuple[Measured, float]:
+        hard = rng.normal(size=n)
+        found = []
+        for _ in range(3):
+            hard = hard if shared else rng.normal(size=n)
+            odds = -0.6 + 1.2 * hard + between * 5 * rng.normal()
+            hits = int((rng.uniform(size=n) < 1 / (1 + np.exp(-odds))).sum())
+            found.append(clopper_pearson(hits, n))
+        values, lows, highs = ([float(getattr(m, key)) for m in found] for key in ("value", "low", "high"))
+        return Measured(float(np.mean(values)), *mean_of_seeds(values, lows, highs), n), truth
+
+    draws = np.random.default_rng(0)
+    odds = -0.6 + 1.2 * draws.normal(size=400_000) + between * 5 * draws.normal(size=400_000)
+    truth = float((1 / (1 + np.exp(-odds))).mean())
+    assert covered(simulated, people, 400) >= enough(400)
+
+
+def test_a_mean_of_seeds_stays_where_its_intervals_are() -> None:
+    assert mean_of_seeds([1.0, 1.0], [0.6, 0.6], [1.0, 1.0]) == (0.6, 1.0)
+    low, high = mean_of_seeds([0.0, 0.5], [0.0, 0.2], [0.3, 0.8])
+    assert low == 0.0
+    assert 0.25 < high < 1.0
+    assert mean_of_seeds([2.0], [1.0], [4.0]) == (1.0, 4.0)
