@@ -21,7 +21,7 @@ from benchmarks.utility import one_thread
 from fedgc.config import Config, load_config
 from fedgc.errors import FedgcError
 from fedgc.federation import Federation
-from fedgc.pipeline.engines import Simulation, _packing
+from fedgc.pipeline.engines import Simulation
 from fedgc.pipeline.flower.node import SimulatedNode, client_app
 from fedgc.pipeline.flower.server import GridClients, Nodes
 from fedgc.pipeline.flower.simulation import simulated_grid
@@ -82,7 +82,7 @@ class Failing(Simulation):
 
         app._registered_funcs["train.default"] = train_or_fail
         with simulated_grid(app, CLIENTS) as (grid, check):
-            yield GridClients(Nodes(grid, CLIENTS, config, check), _packing(parties), {}, restores=True)
+            yield GridClients(Nodes(grid, CLIENTS, config, check), {}, restores=True)
 
 
 def survived(number: int, folder: Path) -> tuple[bool, str]:

@@ -47,6 +47,7 @@ class ClientDP(Defense):
     noise: Literal["central", "local"] = "central"
     unit: Literal["client"] = "client"
     noise_seed: int | None = None
+    of_mean: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "clip every client's whole update and noise it, at the server or by the client; epsilon a client"
     )

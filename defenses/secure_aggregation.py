@@ -28,6 +28,7 @@ class SecureAggregation(Defense):
     name: Literal["secure-aggregation"] = "secure-aggregation"
     bits: int = Field(default=40, ge=8, le=50)
     masks: ClassVar[bool] = True
+    of_mean: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "the server reads the sum of what it averages alone; stacked class embeddings stay in the clear"
     )

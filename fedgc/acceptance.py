@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from fedgc.types import HEAD
-from fedgc.uploads import Order, Packing, Upload
+from fedgc.uploads import Upload
 
 
-def problem_with(upload: Upload, order: Order, pack: Packing) -> str | None:
-    """Why an upload is not taken: names, shapes, types, numbers that are not finite, or counts that cannot be. None where it is.
+def problem_with(
+    upload: Upload, shapes: Mapping[str, torch.Size], held: Tensor | None, *, masked: Collection[str] = ()
+) -> str | None:
+    """Why an upload is not taken: names, shapes, types, numbers that are not finite, a class embedding without a direction, or
+    counts that cannot be. None where it is.
 
-    An update that passes may still be a lie: this is no defense against poisoning.
+    shapes: of what this client is to send; held: class embeddings (n, d) that it changes, where it uploads its own; masked:
+    names of what arrives as masked integers. An update that passes may still be a lie: see `fedgc.robust`.
     """
-    expected = {name: x.shape for name, x in order.backbone.items() if name not in pack.constant}
-    if order.rows is not None:
-        expected[HEAD] = order.rows.shape
-    averaged = pack.averaged(expected) if pack.defense.masks else {}
-    clear = {name: shape for name, shape in expected.items() if name not in averaged}
+    clear = {name: shape for name, shape in shapes.items() if name not in masked}
     sent = {
-        name: x for name, x in upload.sent.items() if name not in averaged
+        name: x for name, x in upload.sent.items() if name not in masked
     }  # what is masked may be there for the record
-    found = _misfit(sent, clear, floating=True) or _misfit(upload.masked, averaged, floating=False)
+    found = _misfit(sent, clear, floating=True) or _misfit(
+        upload.masked, {n: shapes[n] for n in masked}, floating=False
+    )
+    if found is None and held is not None and bool(((held + upload.sent[HEAD]).norm(dim=1) == 0).any()):
+        found = f"{HEAD} has a row of no length"
     if found is None and not 0 <= upload.dropped <= upload.images:
         found = f"{upload.dropped} gradients left out of {upload.images} photos"
-    if found is None and upload.steps < 0:
-        found = f"{upload.steps} steps"
+    if found is None and (upload.steps < 0 or math.isinf(upload.loss)):
+        found = f"{upload.steps} steps with a loss of {upload.loss:g}"
     return found
 
 
@@ -37,6 +42,8 @@ def _misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, 
     if missing or more:
         return f"{min(missing)} is missing" if missing else f"{min(more)} was not asked for"
     for name, x in tensors.items():
+        if x.layout != torch.strided:
+            return f"{name} is {str(x.layout).removeprefix('torch.')}"
         if x.shape != shapes[name]:
             return f"{name} is {list(x.shape)} in place of {list(shapes[name])}"
         if x.dtype != (torch.float32 if floating else torch.int64):

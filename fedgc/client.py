@@ -66,6 +66,15 @@ class Clients:
             raise UsageError(
                 f"{self.defense.name} needs federation.precision = float32: it clips the gradient of each photo"
             )
+        robust = self.schedule.robust
+        robust.require(len(self.participants(1)))
+        if robust.rule != "mean" and (self.defense.of_mean or self.algorithm.alone):
+            who = (
+                f"defense {self.defense.name}"
+                if self.defense.of_mean
+                else f"{self.algorithm.name}, which has one party,"
+            )
+            raise UsageError(f"federation.aggregation = {robust.rule}: {who} goes with the mean alone")
         self.defense = self.defense.prepared([self.plan(p) for p in self.parties])
 
     def _fresh(self) -> nn.Module:

@@ -20,6 +20,7 @@ from defenses.registry import AnyDefense
 from fedgc.algorithms import Push
 from fedgc.errors import UsageError
 from fedgc.probing import Probing
+from fedgc.robust import Robust
 from fedgc.schedule import Schedule
 from fedgc.types import ModelSpec, Norm
 
@@ -86,7 +87,8 @@ class FederationSection(Section):
 
     clip_norm bounds the gradient of a batch (0: not at all), for stability and not for privacy: a cosine head's gradient is
     long at first. precision: of convolutions and matrix products. The server adds server_lr times its momentum (decay
-    server_momentum) to the model: FedAvgM.
+    server_momentum) to the model: FedAvgM. aggregation: the rule in place of the mean (`fedgc.robust`), which is to withstand so
+    many liars.
     """
 
     algorithm: Literal["centralized", "local", "fedavg", "fedpe", "fedgc", "fedcos", "fedaws"] = "fedgc"
@@ -103,6 +105,8 @@ class FederationSection(Section):
     server_lr: float = Field(default=1.0, gt=0)
     server_momentum: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["float32", "bfloat16"] = "float32"
+    aggregation: Literal["mean", "norm-clipping", "median", "trimmed-mean", "multi-krum", "safl"] = "mean"
+    liars: int = Field(default=1, ge=1)
 
 
 class Correction(Section):
@@ -210,6 +214,7 @@ class Config(Section):
             head_lr_factor=self.head.lr_factor, momentum=f.momentum, weight_decay=f.weight_decay, clip_norm=f.clip_norm or None,
             participation=f.participation, push=self.correction.push(), augment=self.data.augment, server_lr=f.server_lr,
             server_momentum=f.server_momentum, precision=f.precision,
+            robust=Robust(f.aggregation, f.liars),
         )  # fmt: skip
 
     def plan_of_probing(self) -> Probing | None:

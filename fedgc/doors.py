@@ -92,6 +92,7 @@ class Defense(Named):
     summary: ClassVar[str] = ""
     per_photo: ClassVar[bool] = False  # needs the gradient of each photo, in full precision
     masks: ClassVar[bool] = False  # the server reads no averaged update but their sum
+    of_mean: ClassVar[bool] = False  # its promise, or its sum, is of the weighted mean
     keeps_rows: ClassVar[bool] = False  # clients keep class embeddings of their own, other than those that they upload
 
     def prepared(self, clients: Sequence[ClientPlan]) -> Defense:

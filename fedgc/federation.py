@@ -28,7 +28,7 @@ from fedgc.types import (
     Transcript,
     Truth,
 )
-from fedgc.uploads import Answers, Ask, Asked, Home, Order, Upload, Where
+from fedgc.uploads import Absence, Answers, Ask, Asked, Home, Order, Where
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,17 @@ class Federation(Clients):
     ) -> RoundResult:
         """Clients train, each update is added up as it arrives, and the server makes the next state of the sum."""
         asked = {p.client: len(p.photos) for p in parties}
-        got = Inbox(self.algorithm, self.defense, self.noise_key, where, asked, state, keep)
+        got = Inbox(self.algorithm, self.defense, self.noise_key, where, asked, state, keep, self.schedule.robust)
         probes = self._probes(state, where)
         orders = ((p, self._order(state, p, where, constants, asked), self._home(state, p, probes)) for p in parties)
         missing = {}
         for party, upload in (self.ask if self.ask and where[0] == "round" else self._in_turn)(orders):
-            if isinstance(upload, Upload):
-                got.take(party, upload, self.plan(party))
+            problem = upload.why if isinstance(upload, Absence) else got.problem_with(party, upload, self.constant)
+            if problem is None:
+                got.take(party, upload, self.plan(party))  # type: ignore[arg-type]
                 continue
-            missing[party.client] = upload.why
-            if upload.asked:
+            missing[party.client] = problem
+            if not isinstance(upload, Absence) or upload.asked:
                 got.missed(self.plan(party))
         new, carried, returned = self._next(state, got, constants, where)
         transcript = self._transcript(state, new, where, constants, got, returned, carried)

@@ -10,10 +10,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedgc.acceptance import problem_with
 from fedgc.algorithms import Algorithm, RunningMean, backbone_part
 from fedgc.doors import ClientPlan, Defense
 from fedgc.errors import WorkFailedError
 from fedgc.rng import generator
+from fedgc.robust import MEAN, Robust
 from fedgc.schedule import Party
 from fedgc.types import HEAD, Charge, ClientUpdate, State, Tensors
 from fedgc.uploads import Home, Upload, Where
@@ -22,7 +24,7 @@ from fedgc.uploads import Home, Upload, Where
 @dataclass
 class Inbox:
     """Updates are added up as they arrive, in one accumulator. asked: photos of each client of this round; keep: whose messages
-    are kept for the record.
+    are kept for the record; robust: the rule in place of the mean.
 
     examples: as asked, of those that answered; rows: (C, d) what the server holds of class embeddings, with those that have
     arrived; kept: as clients keep them at home, if other than those; updates, own: what is kept of messages (see `Transcript`).
@@ -35,7 +37,9 @@ class Inbox:
     asked: Mapping[int, int]
     before: State
     keep: Callable[[int], bool]
+    robust: Robust = MEAN
     mean: RunningMean = field(default_factory=RunningMean)
+    every: list[Tensors] = field(default_factory=list)  # of each client, where the rule needs all
     examples: dict[int, int] = field(default_factory=dict)
     updates: dict[int, ClientUpdate] = field(default_factory=dict)
     own: dict[int, Tensors] = field(default_factory=dict)
@@ -63,6 +67,20 @@ class Inbox:
         self.losses += [] if math.isnan(upload.loss) else [upload.loss]
         self.images += upload.images
         self.dropped += upload.dropped
+
+    def problem_with(self, party: Party, upload: Upload, constant: frozenset[str]) -> str | None:
+        """Why what a client sent cannot be its update of this round, or None. constant: names of tensors that no client sends."""
+        if upload.client != party.client or party.client in self.examples:
+            return f"it speaks for client {upload.client}" if upload.client != party.client else "it answered twice"
+        shapes = {name: x.shape for name, x in self.before.backbone.items() if name not in constant}
+        held = self.before.rows[list(party.classes)] if self.algorithm.head == "stacked" else None
+        if self.algorithm.head != "private":
+            shapes[HEAD] = self.before.rows.shape if held is None else held.shape
+        averaged = (
+            () if not self.defense.masks else shapes if self.algorithm.head == "shared" else backbone_part(shapes)
+        )
+        found = problem_with(upload, shapes, held, masked=tuple(averaged))
+        return None if found is None else f"its answer was refused: {found}"
 
     def missed(self, plan: ClientPlan) -> None:
         """A client that was asked, and did not answer or is not believed. What it may have released is paid for."""
@@ -95,8 +113,10 @@ class Inbox:
         if self.defense.masks:
             self.mean.add(masked, 1)
             clear = {name: tensor for name, tensor in sent.items() if name not in averaged}
-        else:
+        elif self.robust.rule == "mean":
             self.mean.add(averaged, self.asked[k] / sum(self.asked.values()))
+        else:
+            self.every.append(averaged)
         self.examples[k] = self.asked[k]
         if self.keep(k):
             self.own |= {k: averaged} if self.defense.masks else {}
@@ -104,7 +124,8 @@ class Inbox:
 
     @cached_property
     def total(self) -> Tensors:
-        """The weighted mean of what clients sent to be averaged. Raises WorkFailedError where there is none to be had."""
+        """The mean of what clients sent to be averaged, or what stands in its place. Raises WorkFailedError where there is none
+        to be had."""
         absent = sorted(self.asked.keys() - self.examples.keys())
         if not self.examples or (absent and self.defense.masks):
             why = "masks only cancel where everybody answers" if self.examples else "nobody else was asked"
@@ -114,6 +135,9 @@ class Inbox:
             )
         if self.defense.masks:
             return self.defense.unmasked(self.mean.total)
+        if self.every:
+            weights = [n / sum(self.examples.values()) for n in self.examples.values()]
+            return self.robust.aggregate(self.every, weights, int(self.where[1]))
         if not absent:
             return self.mean.total
         whole = sum(self.asked.values()) / sum(self.examples.values())
@@ -122,7 +146,7 @@ class Inbox:
     @property
     def complete(self) -> bool:
         """Whether all that went into the mean is kept for the record."""
-        return not self.defense.masks and len(self.updates) == len(self.examples)
+        return not self.defense.masks and not self.every and len(self.updates) == len(self.examples)
 
     def aggregate(self) -> Tensors:
         """The mean as the defense lets it out."""

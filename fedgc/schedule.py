@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from fedgc.algorithms import Push
+from fedgc.robust import MEAN, Robust
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Schedule:
     """The numbers of a federation; lr is the peak, warmed up over the first rounds and then lowered along a cosine.
 
     The server adds server_lr times its momentum, a decayed sum of mean updates (FedAvgM, Hsu et al. 2019); with momentum 0
-    and a rate of 1 that is the mean update itself.
+    and a rate of 1 that is the mean update itself. robust: what stands in place of the mean.
     """
 
     rounds: int
@@ -34,6 +35,7 @@ class Schedule:
     server_lr: float = 1.0
     server_momentum: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
+    robust: Robust = MEAN
 
     def lr_at(self, round: int) -> float:
         """Learning rate of round 1..rounds."""

@@ -12,7 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgc.config import Config
 from fedgc.federation import Federation
-from fedgc.pipeline.engines import Deployment, Simulation, _packing
+from fedgc.pipeline.engines import Deployment, Simulation
 from fedgc.pipeline.flower.node import DeployedNode, Node, SimulatedNode, client_app
 from fedgc.pipeline.flower.server import GridClients, Nodes
 from fedgc.uploads import Ask
@@ -79,7 +79,7 @@ class InThisProcess(Simulation):
         clients = len(parties.parties)
         node = SimulatedNode(config.to_toml(), parties.noise_key)
         self.grid = Grid(node, [{"partition-id": k} for k in range(clients)], **self.faults)
-        yield following(self.grid, GridClients(Nodes(self.grid, clients, config), _packing(parties), {}, restores=True))  # type: ignore[arg-type]
+        yield following(self.grid, GridClients(Nodes(self.grid, clients, config), {}, restores=True))  # type: ignore[arg-type]
 
 
 def following(grid: Grid, ask: Ask) -> Ask:

@@ -13,7 +13,7 @@ from fedgc.federation import Federation
 from fedgc.pipeline.parallel import DataParallel, processes
 from fedgc.pipeline.setting import Setting, prepare
 from fedgc.pipeline.watch import Watch
-from fedgc.uploads import Ask, Packing
+from fedgc.uploads import Ask
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
@@ -64,7 +64,7 @@ class Simulation:
         app = client_app(SimulatedNode(config.to_toml(), parties.noise_key))
         with simulated_grid(app, len(parties.parties)) as (grid, check):
             nodes = Nodes(grid, len(parties.parties), config, check)
-            yield GridClients(nodes, _packing(parties), {}, restores=True)
+            yield GridClients(nodes, {}, restores=True)
 
 
 class Deployment:
@@ -93,11 +93,7 @@ class Deployment:
             :16
         ]  # the same when it goes on
         told = {"config": config.to_toml(), "roster": self.roster, "run": run}
-        yield GridClients(self.nodes, _packing(parties), told, restores=False)
-
-
-def _packing(parties: Federation) -> Packing:
-    return Packing(parties.algorithm, parties.defense, parties.noise_key, parties.constant)
+        yield GridClients(self.nodes, told, restores=False)
 
 
 def _require_federation(config: Config) -> None:

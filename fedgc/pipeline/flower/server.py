@@ -10,12 +10,11 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedgc.acceptance import problem_with
 from fedgc.config import Config
 from fedgc.errors import RunError, UsageError, WorkFailedError
 from fedgc.pipeline.flower.rosters import Roster
 from fedgc.pipeline.flower.wire import ABOUT, about, arrays, content_to_upload, note, order_to_content
-from fedgc.uploads import Absence, Answers, Asked, Home, Order, Packing, Upload
+from fedgc.uploads import Absence, Answers, Asked, Home, Order, Upload
 
 HELLO_SECONDS = 120.0
 POLL_SECONDS = 0.02
@@ -113,8 +112,8 @@ class GridClients:
     """One message a client and round. told: goes with every order; restores: whether a client that never trained in this
     session is sent the class embeddings that the record says it keeps."""
 
-    def __init__(self, nodes: Nodes, pack: Packing, told: Mapping[str, Any], *, restores: bool) -> None:
-        self.nodes, self.pack, self.told, self.restores = nodes, pack, told, restores
+    def __init__(self, nodes: Nodes, told: Mapping[str, Any], *, restores: bool) -> None:
+        self.nodes, self.told, self.restores = nodes, told, restores
         self.restored: set[int] = set()
 
     def __call__(self, orders: Asked) -> Answers:
@@ -146,8 +145,6 @@ class GridClients:
         if reply.has_error():
             return Absence(f"its node failed: {_reason(reply)}")
         try:
-            upload = content_to_upload(reply.content, client, order.where)
+            return content_to_upload(reply.content, client, order.where)
         except (ValueError, KeyError, TypeError) as error:
             return Absence(f"its answer was refused: {error}")
-        problem = problem_with(upload, order, self.pack)
-        return Absence(f"its answer was refused: {problem}") if problem else upload
