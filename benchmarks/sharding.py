@@ -18,14 +18,18 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from fedgc.correction import gradient
-from fedgc.rng import generator
 from fedgc.sharding import sharded_gradient
 
 SCALE, CLIENTS = 8.0, 37
 
 
-def rows(count: int, size: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, size, generator=generator(0, "rows")), torch.arange(count) * CLIENTS // count
+def rows(count: int, size: int, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows start to stop of ``count``, each drawn by its own number: a process makes its own alone."""
+    numbers = range(start, count if stop is None else stop)
+    W = torch.empty(len(numbers), size)
+    for i, n in enumerate(numbers):
+        torch.randn(size, generator=torch.Generator().manual_seed(n), out=W[i])
+    return W, torch.arange(start, start + len(numbers)) * CLIENTS // count
 
 
 def peak() -> float:
@@ -38,9 +42,7 @@ def process(rank: int, world: int, count: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     cut = [count * r // world for r in range(world + 1)]
-    W, owner = rows(count, size)
-    mine = slice(cut[rank], cut[rank + 1])
-    W, owner = W[mine].clone(), owner[mine].clone()
+    W, owner = rows(count, size, cut[rank], cut[rank + 1])
     sharded_gradient(W[:64], owner[:64], SCALE)
     before = peak()
     dist.barrier()

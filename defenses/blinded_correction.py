@@ -35,6 +35,7 @@ class BlindedCorrection(Defense):
 
     name: Literal["blinded-correction"] = "blinded-correction"
     noise_seed: int | None = None
+    blinds: ClassVar[bool] = True
     summary: ClassVar[str] = (
         "clients turn class embeddings by a shared secret rotation, under which the server corrects"
     )

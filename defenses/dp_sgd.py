@@ -117,12 +117,13 @@ class DPSGD(Defense):
     @contextmanager
     def local_training(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[Tensor], plan: ClientPlan,
-        sampling: torch.Generator | None, noise: torch.Generator,
+        sampling: torch.Generator | None, noise: torch.Generator | None,
     ) -> Iterator[LocalSession]:  # fmt: skip
         """Poisson batches where ``sampling`` is given, else ``batches`` as they come."""
         from defenses.per_unit import with_people
 
         device = next(module.parameters()).device
+        assert noise is not None
         if sampling is not None:
             # as many steps a round as epochs of plain batches would take, so that schemes stay comparable
             steps = sum(1 for _ in batches)

@@ -48,6 +48,11 @@ def _misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, 
             return f"{name} is {list(x.shape)} in place of {list(shapes[name])}"
         if x.dtype != (torch.float32 if floating else torch.int64):
             return f"{name} is {str(x.dtype).removeprefix('torch.')}"
-        if floating and not bool(x.isfinite().all()):
-            return f"{name} is not finite"
-    return None
+    return _endless(tensors) if floating and tensors else None
+
+
+def _endless(tensors: Mapping[str, Tensor]) -> str | None:
+    """Lengths are the quicker look; a length that is not finite may still be of finite numbers."""
+    if bool(torch.stack(torch._foreach_norm(list(tensors.values()))).isfinite().all()):
+        return None
+    return next((f"{name} is not finite" for name, x in tensors.items() if not bool(x.isfinite().all())), None)

@@ -113,7 +113,9 @@ class Clients:
         start = home.probes.own if home.probes else order.rows if home.rows is None else home.rows
         assert start is not None
         model = FaceModel(self.backbone, CosineHead(len(rows), self.spec.embedding_size).to(self.device))
-        load_tensors(model, {**order.backbone, HEAD: self.defense.unblinded(start, self._clients_secret())})
+        if self.defense.blinds:
+            start = self.defense.unblinded(start, self._clients_secret())
+        load_tensors(model, {**order.backbone, HEAD: start})
         model.train(not recorded)
         draw = lambda key, what: generator(key, what, *_stream(party, order))  # noqa: E731
         if recorded:
@@ -125,12 +127,15 @@ class Clients:
             batches = epoch_batches(
                 plan.images, plan.batch_size, self.schedule.local_epochs, draw(self.seed, "batches")
             )
-            sampling = draw(self.noise_key, "sampling")  # amplification needs it secret
+            per_photo = self.defense.per_photo
+            sampling = draw(self.noise_key, "sampling") if per_photo else None  # amplification needs it secret
         result = train_locally(
             model, party.photos, party.labels.to(self.device) - rows[0], batches, order.constants, self.defense, plan,
             sampling=sampling, augmenting=draw(self.seed, "augment") if order.constants.augmented else None,
-            noise=draw(self.noise_key, "noise"), team=None if recorded else self.team,
+            noise=draw(self.noise_key, "noise") if self.defense.per_photo else None, team=None if recorded else self.team,
         )  # fmt: skip
+        if not self.defense.blinds:
+            return result
         blind = self.defense.blinded(result.delta[HEAD], self._clients_secret())
         return replace(result, delta={**result.delta, HEAD: blind})
 

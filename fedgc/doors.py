@@ -92,6 +92,7 @@ class Defense(Named):
     summary: ClassVar[str] = ""
     per_photo: ClassVar[bool] = False  # needs the gradient of each photo, in full precision
     masks: ClassVar[bool] = False  # the server reads no averaged update but their sum
+    blinds: ClassVar[bool] = False  # class embeddings on the wire are other than those of the clients
     of_mean: ClassVar[bool] = False  # its promise, or its sum, is of the weighted mean
     keeps_rows: ClassVar[bool] = False  # clients keep class embeddings of their own, other than those that they upload
 
@@ -111,9 +112,10 @@ class Defense(Named):
         batches: Iterator[Tensor],
         plan: ClientPlan,
         sampling: torch.Generator | None,
-        noise: torch.Generator,
+        noise: torch.Generator | None,
     ) -> AbstractContextManager[LocalSession]:
-        """Around local training: may replace the optimiser and, where ``sampling`` is given, how batches are drawn."""
+        """Around local training: may replace the optimiser and, where ``sampling`` is given, how batches are drawn. noise: given
+        where ``per_photo``."""
         return nullcontext(LocalSession(optimizer, batches))
 
     def blinded(self, rows: Tensor, secret: torch.Generator) -> Tensor:

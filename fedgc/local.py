@@ -126,7 +126,7 @@ def train_locally(
     *,
     sampling: torch.Generator | None,
     augmenting: torch.Generator | None,
-    noise: torch.Generator,
+    noise: torch.Generator | None,
     team: Team | None = None,
 ) -> LocalResult:
     """Train the resident model in place and return what changed. team: other processes that share each batch.
@@ -134,8 +134,9 @@ def train_locally(
     photos: uint8 (n, 3, S, S), labels: int64 (n,) indices into the rows of the model's head. Raises WorkFailedError, before
     anything leaves the client, where the update is not finite, or the mean loss is not and no defense bounds single photos.
     """
-    before = {name: tensor.clone() for name, tensor in state_tensors(model).items()}
-    parameters = list(model.parameters())  # once: walking over the modules takes as long as a small layer
+    held = state_tensors(model)  # once: the walk takes as long as a small layer, and training changes them in place
+    before = dict(zip(held, torch._foreach_add(list(held.values()), 0), strict=True))
+    parameters = list(model.parameters())
     groups = [
         {"params": list(model.backbone.parameters()), "lr": constants.lr},
         {"params": [model.head.weight], "lr": constants.lr_of(HEAD)},
@@ -164,8 +165,7 @@ def train_locally(
     mean = float(every.mean()) if len(every) else float("nan")
     # where single photos are protected, whether anything is sent must not depend on the loss of one of them
     diverged = bool(losses) and not math.isfinite(mean) and not session.bounded
-    after = state_tensors(model)
-    delta = dict(zip(after, torch._foreach_sub(list(after.values()), [before[name] for name in after]), strict=True))
+    delta = dict(zip(held, torch._foreach_sub(list(held.values()), list(before.values())), strict=True))
     finite = torch.stack(torch._foreach_norm(list(delta.values()))).isfinite().all()
     if diverged or not bool(finite):
         raise WorkFailedError(

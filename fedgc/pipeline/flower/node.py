@@ -12,7 +12,6 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from defenses.blinded_correction import BlindedCorrection
 from fedgc.client import Clients
 from fedgc.config import Config, put, validated
 from fedgc.data.faces import FaceSet
@@ -178,7 +177,7 @@ def _noise_key(context: Context, made: Federation, memory: Memory) -> int:
     """Of this client alone, unless its defense needs one that clients share. Raises UsageError where that, or a home, is
     wanting."""
     defense, own = made.defense, context.node_config
-    if defense.masks or isinstance(defense, BlindedCorrection):
+    if defense.masks or defense.blinds:
         if "secret" not in own:
             raise UsageError(
                 f"{defense.name} needs secret=... in the configuration of every node, the same, unknown to the server"
