@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: demo test slow check bench docs clean
+.PHONY: demo test slow check trust bench docs clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 1; }
@@ -28,6 +28,9 @@ check: $(STAMP)  ## all that CI checks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+trust: $(STAMP)  ## faults, hostile files, bad updates, planted mistakes: all of docs/trust.md, in less than an hour
+	$(BIN)/python -m tests.trust
 
 bench: $(STAMP)  ## speed, memory and exact resume; never part of the tests
 	$(BIN)/python -m benchmarks.correction
