@@ -1,4 +1,4 @@
-"""Nothing in the packages runs what it reads: no pickles, no evaluation of text; and one restricted reader of published weights."""
+"""Nothing in the packages runs what it reads: no pickles, no evaluation of text; one restricted reader of published weights."""
 
 from __future__ import annotations
 
