@@ -61,7 +61,7 @@ def test_the_code_on_a_page_is_the_examples() -> None:
     shown = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0].strip()
     assert shown.splitlines()[0].startswith("before")
     assert shown.replace('Path("update.safetensors")', "Path(sys.argv[1])") in example
-    flower = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[1].strip()
+    flower = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[-1].strip()
     assert flower in (ROOT / "examples/flower_client.py").read_text()
 
 

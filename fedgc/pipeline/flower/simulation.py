@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -38,7 +39,8 @@ def simulated_grid(app: ClientApp, nodes: int) -> Iterator[tuple[Grid, Callable[
 
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what a node reports is in its answer
     handed: queue.Queue[Grid | None] = queue.Queue()
-    done, failure = threading.Event(), []
+    done = threading.Event()
+    failure: list[BaseException] = []
     server = ServerApp()
 
     @server.main()
@@ -50,7 +52,7 @@ def simulated_grid(app: ClientApp, nodes: int) -> Iterator[tuple[Grid, Callable[
         from flwr.simulation import run_simulation
 
         cores = os.cpu_count() or 1
-        backend = {
+        backend: Any = {
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
             "init_args": {"num_cpus": min(cores, nodes), "logging_level": logging.CRITICAL, "log_to_driver": False},
         }
@@ -65,19 +67,23 @@ def simulated_grid(app: ClientApp, nodes: int) -> Iterator[tuple[Grid, Callable[
     def check() -> None:
         _take_signals_back()  # at every look, since Ray starts at its own time
         if done.is_set():
-            raise WorkFailedError(f"Flower's simulation has ended: {failure[0] if failure else 'no reason was given'}")
+            raise _ended(failure)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         grid = handed.get()
         if grid is None:
-            check()
+            raise _ended(failure)
         yield grid, check
     finally:
         done.set()
         thread.join(END_SECONDS)
         ray.shutdown()
+
+
+def _ended(failure: list[BaseException]) -> WorkFailedError:
+    return WorkFailedError(f"Flower's simulation has ended: {failure[0] if failure else 'no reason was given'}")
 
 
 def _take_signals_back() -> None:
