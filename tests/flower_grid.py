@@ -40,11 +40,6 @@ class Grid:
     def get_node_ids(self) -> list[int]:
         return [n for n in self.contexts if n - 100 not in self.absent.get(self.round, ())]
 
-    def create_message(
-        self, content: RecordDict, kind: str, node: int, group: str, ttl: float | None = None
-    ) -> Message:
-        return Message(content, node, kind, ttl=ttl, group_id=group)
-
     def push_messages(self, messages: list[Message]) -> list[str]:
         return [self._delivered(message) for message in messages]
 

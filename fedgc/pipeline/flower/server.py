@@ -69,7 +69,7 @@ class Nodes:
                 raise RunError(f"a node could not join: {why}")
 
     def message(self, node: int, kind: str, content: RecordDict, group: str, ttl: float) -> Message:
-        return self.grid.create_message(content, kind, node, group, ttl=ttl)
+        return Message(content, node, kind, ttl=ttl, group_id=group)
 
     def exchange(self, messages: list[Message], timeout: float) -> dict[int, Message]:
         """Answers by node; polls often at first, since a simulation answers in milliseconds."""
