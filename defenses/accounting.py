@@ -160,9 +160,11 @@ def pld_version() -> str | None:
 
 
 def require_target(defense: str, epsilon: float | None, noise_multiplier: float | None) -> None:
-    """Raises ValueError where neither says how much noise there is to be."""
+    """Raises ValueError where neither says how much noise there is to be, or both do: one of them would not be kept."""
     if epsilon is None and noise_multiplier is None:
         raise ValueError(f"{defense} needs defense.epsilon (a target) or defense.noise_multiplier")
+    if epsilon is not None and noise_multiplier is not None:
+        raise ValueError("defense.epsilon (a target) and defense.noise_multiplier each say how much noise: give one")
 
 
 def accountant(quick: bool) -> str:

@@ -271,15 +271,22 @@ def main() -> None:
     except FedgcError as error:
         if verbose:
             raise
-        click.echo(f"fedgc-priv: {error}", err=True)
+        click.echo(f"fedgc-priv: {in_one_line(error)}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
         if verbose:
             raise
-        click.echo(f"fedgc-priv: {type(error).__name__}: {error} (run `fedgc-priv -v ...` for the traceback)", err=True)
+        what = f"{type(error).__name__}: {in_one_line(error)}"
+        click.echo(f"fedgc-priv: {what} (run `fedgc-priv -v ...` for the traceback)", err=True)
         sys.exit(1)
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, as a terminal may show it: names out of a stranger's file can hold line ends and control codes."""
+    text = " ".join(str(error).splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

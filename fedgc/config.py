@@ -254,10 +254,22 @@ def load_config(
 
 
 def validated(tree: Mapping[str, Any], origin: str = "the configuration") -> Config:
+    if (key := _too_long(tree)) is not None:
+        raise UsageError(f"{origin}: {key} is a number of more than 64 bits; TOML has none, and nothing here needs one")
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError(explain(error, origin, tree)) from None
+
+
+def _too_long(value: Any, key: str = "") -> str | None:
+    """The key of the first whole number that does not fit 64 bits."""
+    if isinstance(value, Mapping):
+        inner = ((f"{key}.{name}" if key else str(name), part) for name, part in value.items())
+        return next((found for name, part in inner if (found := _too_long(part, name)) is not None), None)
+    if isinstance(value, list | tuple):
+        return next((found for part in value if (found := _too_long(part, key)) is not None), None)
+    return key if isinstance(value, int) and not -(2**63) <= value < 2**63 else None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -265,7 +277,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist; give a TOML file or leave it out for the defaults") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # also of a number with thousands of digits, and of deep nesting
         raise UsageError(f"{path} cannot be read as TOML: {error}") from None
 
 
@@ -280,7 +296,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 def parse_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

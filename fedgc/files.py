@@ -90,7 +90,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is missing: this is not a complete run directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); restore it or train again") from None
 
 
@@ -125,11 +125,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = (file.metadata() or {}).get("about")
+        _require_each_once(path)
         return tensors, json.loads(about) if about else None
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run is incomplete, or this is not the file you meant") from None
-    except (OSError, safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is not a readable safetensors file ({error}); no other format is loaded") from None
+
+
+def _require_each_once(path: Path) -> None:
+    """Raise ValueError where the header of a well-formed file names something twice: readers differ in which they take."""
+
+    def once(pairs: list[tuple[str, Any]]) -> None:
+        if len({name for name, _ in pairs}) < len(pairs):
+            raise ValueError("its header names something twice")
+
+    with path.open("rb") as file:
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=once)
 
 
 def sha256(path: Path) -> str:

@@ -90,8 +90,8 @@ def evaluate(
     result = document(run)
     config = validated(read_toml(path / "config.toml"), str(path / "config.toml"))
     state = run.load_state()
-    if state is None:
-        raise RunError(f"{path} has no intact state left: train again")
+    if state is None or state.round != result["rounds"]:  # an earlier state is no measure of what was trained
+        raise RunError(f"{path} has no intact state of its last round: restore it or train again")
     elsewhere = config if data is None else _with_source(config, data)
     backbone = build_backbone(config.spec(), config.seed)
     if listed is not None:

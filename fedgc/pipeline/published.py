@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ def read_published(file: Path, expected: str | None, *, trusted: bool = False) -
             f"states, then add --set model.init_sha256={digest}"
         )
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other formats and readers: the refusal says all
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes can fail in any way; none of them is worth another reader
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"{file} is not a plain file of named tensors and is not loaded ({reason})") from None

@@ -156,9 +156,11 @@ def test_a_target_is_reached_by_whoever_takes_part_in_every_round() -> None:
     prepared = ClientDP(epsilon=8.0, delta=1e-3).prepared(plans)
     assert prepared.noise_multiplier is not None
     assert 0.97 * 8 < epsilon_of([(prepared.noise_multiplier, 1.0, 12)], 1e-3) <= 8.0
-    assert ClientDP(epsilon=8.0, noise_multiplier=0.3).prepared(plans).noise_multiplier == 0.3
+    assert ClientDP(noise_multiplier=0.3).prepared(plans).noise_multiplier == 0.3
     with pytest.raises(ValueError, match=r"needs defense\.epsilon"):
         ClientDP()
+    with pytest.raises(ValueError, match="give one"):
+        ClientDP(epsilon=8.0, noise_multiplier=0.3)
 
 
 def test_a_delta_that_promises_nothing_is_refused() -> None:

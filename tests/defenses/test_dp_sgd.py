@@ -413,7 +413,7 @@ def test_the_noise_is_enough_for_the_client_that_needs_most() -> None:
 
 
 def test_a_given_noise_is_kept() -> None:
-    assert DPSGD(noise_multiplier=0.7, epsilon=1.0).prepared([ClientPlan(0, 50, 5, 9)]).noise_multiplier == 0.7
+    assert DPSGD(noise_multiplier=0.7).prepared([ClientPlan(0, 50, 5, 9)]).noise_multiplier == 0.7
 
 
 def test_dominated_clients_need_no_search() -> None:
