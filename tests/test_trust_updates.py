@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from trust.damage import SHARES, caught
-from trust.updates import Bad, cases
+
+from tests.trust.damage import SHARES, caught
+from tests.trust.updates import Bad, cases
 
 CASES = list(cases())
 

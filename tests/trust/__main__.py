@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,10 +87,13 @@ def hostile(module: str) -> tuple[int, int, list[str]]:
     import importlib
 
     good, wrong = 0, []
-    cases = importlib.import_module(f"tests.trust.{module}").CASES
+    cases = getattr(importlib.import_module(f"tests.trust.{module}"), module.upper())
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
-            said = case.run(Path(folder))
+            try:
+                said = case.run(Path(folder))
+            except unittest.SkipTest as missing:
+                said = f"not played: {missing}"
         good += said is None
         wrong += [] if said is None else [f"{case.name}: {said}"]
     return good, len(cases), wrong
