@@ -74,7 +74,16 @@ def epsilon_of(history: History, delta: float, quick: bool = False) -> float:
             "ignore"
         )  # RDP says that its best order lies at the edge of its range; the bound still holds
         bound = float(rdp.get_epsilon(delta))
-        return bound if quick else min(bound, float(prv.get_epsilon(delta, eps_error=max(0.01, 1e-3 * bound))))
+        found = bound if quick else min(bound, float(prv.get_epsilon(delta, eps_error=max(0.01, 1e-3 * bound))))
+    return rounded_up(found)
+
+
+def rounded_up(epsilon: float, digits: int = 10) -> float:
+    """Up at the tenth digit: the last ones of a double depend on how many threads added the mesh up, and a report must not."""
+    if not 0 < epsilon < math.inf:
+        return epsilon
+    scale = 10.0 ** (digits - 1 - math.floor(math.log10(epsilon)))
+    return math.ceil(epsilon * scale) / scale
 
 
 @lru_cache

@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from defenses.accounting import epsilon_of, merged, noise_for, undominated
+from defenses.accounting import epsilon_of, merged, noise_for, rounded_up, undominated
 from defenses.dp_sgd import DPSGD, poisson_units
 from fedgc import heads
 from fedgc.algorithms import ALGORITHMS, Push
@@ -479,3 +479,11 @@ def test_the_large_backbone_trains_under_dp() -> None:
         for p, expected in zip(model.parameters(), alone, strict=True):
             difference = float((p.grad_sample[0] - expected).norm())
             assert difference <= 1e-3 * float(expected.norm()) + 1e-6
+
+
+def test_an_epsilon_is_rounded_up_and_does_not_depend_on_the_last_digits() -> None:
+    for epsilon in (7.978955396693547, 7.97895539669355, 0.9991741891930194, 4321.123456789012, 1.0, 1e-7):
+        found = rounded_up(epsilon)
+        assert epsilon <= found <= epsilon * (1 + 2e-9)
+    assert rounded_up(7.978955396693547) == rounded_up(7.97895539669355) == 7.978955397
+    assert (rounded_up(0.0), rounded_up(float("inf"))) == (0.0, float("inf"))
