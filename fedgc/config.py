@@ -25,6 +25,7 @@ from fedgc.schedule import Schedule
 from fedgc.types import ModelSpec, Norm
 
 ENVIRONMENT = "FEDGC_PRIV_"
+SWEEP = "sweep"  # the table of a grid, which is no configuration
 PROBER = 0  # the client that probes; curious clients sit there too
 
 
@@ -243,6 +244,8 @@ def load_config(
     """Resolve a configuration; raises UsageError naming the key, its place, and the nearest valid key."""
     tree = read_toml(file) if file else {}
     origin = str(file) if file else "the configuration"
+    if SWEEP in tree:
+        raise UsageError(f"{origin} holds a grid, [{SWEEP}]: give it to `fedgc-priv sweep`, or take that table out")
     for name, value in environment_settings(environment or {}).items():
         put(tree, name, value)
     for setting in settings:

@@ -10,12 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedgc.config import Config, environment_settings, parse_value, put, read_toml, validated
+from fedgc.config import SWEEP, Config, environment_settings, parse_value, put, read_toml, validated
 from fedgc.errors import UsageError
 from fedgc.pipeline.entries import make_attack, one_of
 from fedgc.threats import THREATS
-
-TABLE = "sweep"
 
 
 class Plan(BaseModel):
@@ -71,7 +69,7 @@ def cells(
     over: axes ``KEY=V1,V2,...``, which go before those of the file's [sweep] table with the same key; seeds likewise.
     """
     base = read_toml(file) if file else {}
-    plan = _plan(base.pop(TABLE, {}), file)
+    plan = _plan(base.pop(SWEEP, {}), file)
     axes = {**plan.over, **dict(_axis(text) for text in over)}
     for key, value in environment_settings(environment or {}).items():
         put(base, key, value)
@@ -105,11 +103,11 @@ def _plan(table: Any, file: Path | None) -> Plan:
         plan = Plan.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, (TABLE, *first["loc"])))
-        raise UsageError(f"{file}: {where}: {first['msg']}; [{TABLE}] takes {', '.join(Plan.model_fields)}") from None
+        where = ".".join(map(str, (SWEEP, *first["loc"])))
+        raise UsageError(f"{file}: {where}: {first['msg']}; [{SWEEP}] takes {', '.join(Plan.model_fields)}") from None
     for key, values in plan.over.items():
         if not values:
-            raise UsageError(f"{file}: {TABLE}.over: {key} has no values: give a list such as [8, 50]")
+            raise UsageError(f"{file}: {SWEEP}.over: {key} has no values: give a list such as [8, 50]")
     for name in plan.attacks:
         make_attack(name, plan.settings)
     for name in plan.threats:
