@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from fedgc.algorithms import ALGORITHMS
 from fedgc.config import Config
 from fedgc.errors import UsageError
 from fedgc.federation import Federation
@@ -98,8 +99,6 @@ class Deployment:
 
 def _require_federation(config: Config) -> None:
     """Raises UsageError where there is nobody to send to, or a client would have to be told how to cheat."""
-    from fedgc.algorithms import ALGORITHMS
-
     if ALGORITHMS[config.federation.algorithm].alone:
         raise UsageError(
             f"engine = flower: {config.federation.algorithm} has one party, and nobody to send to; use inprocess"

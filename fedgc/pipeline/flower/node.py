@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from fedgc.client import Clients
 from fedgc.config import Config, put, validated
 from fedgc.data.faces import FaceSet
+from fedgc.data.splits import Splits
 from fedgc.errors import UsageError
 from fedgc.federation import Federation
 from fedgc.heads import initial_rows
@@ -168,8 +169,6 @@ def _setting(context: Context, told: Told, config: Config) -> Setting:
         )
     parties = parties_of(told["roster"], config.data.image_size, faces, client)
     nobody = torch.empty(0, dtype=torch.int64)
-    from fedgc.data.splits import Splits
-
     return Setting(config, faces, Splits((), (), (), (), nobody, nobody), parties, (), torch.device(config.device))
 
 
