@@ -10,21 +10,17 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from flwr.app import Array, Context, Message
+from flwr.clientapp import ClientApp
 
 from benchmarks.utility import one_thread
 from fedgc.config import Config, load_config
 from fedgc.errors import FedgcError
 from fedgc.federation import Federation
 from fedgc.pipeline.engines import Simulation
-from fedgc.pipeline.flower.node import SimulatedNode, client_app
-from fedgc.pipeline.flower.server import GridClients, Nodes
-from fedgc.pipeline.flower.simulation import simulated_grid
 from fedgc.pipeline.flower.wire import ABOUT, SENT, about, note
 from fedgc.pipeline.training import train
 from fedgc.runs import RunDirectory
@@ -69,9 +65,8 @@ class Failing(Simulation):
     def __init__(self, round: int, client: int, kind: Callable[[Message], Message]) -> None:
         self.round, self.client, self.kind = round, client, kind
 
-    @contextmanager
-    def reached(self, config: Config, parties: Federation) -> Any:
-        app = client_app(SimulatedNode(config.to_toml(), parties.noise_key))
+    def app(self, config: Config, parties: Federation) -> ClientApp:
+        app = super().app(config, parties)
         honest = app._registered_funcs["train.default"]
         when, who, kind = self.round, self.client, self.kind
 
@@ -81,8 +76,7 @@ class Failing(Simulation):
             return kind(reply) if (at, context.node_config["partition-id"]) == (when, who) else reply
 
         app._registered_funcs["train.default"] = train_or_fail
-        with simulated_grid(app, CLIENTS) as (grid, check):
-            yield GridClients(Nodes(grid, CLIENTS, config, check), {}, restores=True)
+        return app
 
 
 def survived(number: int, folder: Path) -> tuple[bool, str]:

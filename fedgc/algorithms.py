@@ -87,6 +87,10 @@ class Algorithm:
     def corrects(self) -> bool:
         return self.push is not None
 
+    def averaged(self, tensors: Mapping[str, T]) -> Mapping[str, T]:
+        """What of an upload the server averages over clients."""
+        return tensors if self.head == "shared" else backbone_part(tensors)
+
     def next_rows(self, W: Tensor, owner: Tensor, push: Push, step: float, draw: torch.Generator) -> Tensor:
         """The server's half after stacking: W -> W - step · push, W itself where nothing is pushed."""
         if self.push is None or step == 0 or len(owner.unique()) < 2:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedgc.acceptance import problem_with
-from fedgc.algorithms import Algorithm, RunningMean, backbone_part
+from fedgc.algorithms import Algorithm, RunningMean
 from fedgc.doors import ClientPlan, Defense
 from fedgc.errors import WorkFailedError
 from fedgc.rng import generator
@@ -76,10 +76,8 @@ class Inbox:
         held = self.before.rows[list(party.classes)] if self.algorithm.head == "stacked" else None
         if self.algorithm.head != "private":
             shapes[HEAD] = self.before.rows.shape if held is None else held.shape
-        averaged = (
-            () if not self.defense.masks else shapes if self.algorithm.head == "shared" else backbone_part(shapes)
-        )
-        found = problem_with(upload, shapes, held, masked=tuple(averaged))
+        masked = tuple(self.algorithm.averaged(shapes)) if self.defense.masks else ()
+        found = problem_with(upload, shapes, held, masked=masked)
         return None if found is None else f"its answer was refused: {found}"
 
     def missed(self, plan: ClientPlan) -> None:
@@ -108,7 +106,7 @@ class Inbox:
 
     def _add(self, k: int, sent: Tensors, masked: Tensors) -> None:
         """What of an upload is averaged, added up, and the record of it: of a masked one only what is not."""
-        averaged = sent if self.algorithm.head == "shared" else backbone_part(sent)
+        averaged = self.algorithm.averaged(sent)
         clear = sent
         if self.defense.masks:
             self.mean.add(masked, 1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fedgc.errors import UsageError
@@ -32,7 +33,7 @@ class Robust:
         to 1; only norm-clipping minds them, since a client's photo count is its own word."""
         names = list(updates[0])
         rows = torch.stack([torch.cat([u[name].flatten().float() for name in names]) for u in updates])
-        out = RULES[self.rule](rows, torch.tensor(weights, dtype=rows.dtype), self, round)
+        out = RULES[self.rule](rows, torch.tensor(weights, dtype=rows.dtype, device=rows.device), self, round)
         parts = out.split([updates[0][name].numel() for name in names])
         return {
             name: p.view_as(updates[0][name]).to(updates[0][name].dtype) for name, p in zip(names, parts, strict=True)
@@ -93,22 +94,10 @@ def safl(rows: Tensor, weights: Tensor, how: Robust, round: int) -> Tensor:
     send nearly the same, and that honest clients, who hold different people, do not."""
     unit = torch.nn.functional.normalize(rows, dim=1)
     alike = unit @ unit.T >= how.similar * how.decay ** (round - 1)
-    groups = _connected(alike)
-    medians = torch.stack([median(rows[group], weights, how, round) for group in groups])
-    return median(medians, weights, how, round) if len(groups) > 2 else medians.mean(dim=0)
-
-
-def _connected(alike: Tensor) -> list[list[int]]:
-    """Groups of indices that a chain of pairs connects."""
-    left, groups = set(range(len(alike))), []
-    while left:
-        group, edge = set(), {min(left)}
-        while edge:
-            group |= edge
-            edge = {j for i in edge for j in alike[i].nonzero().flatten().tolist()} - group
-        groups.append(sorted(group))
-        left -= group
-    return groups
+    count, group = connected_components(alike.cpu().numpy(), directed=False)
+    of = torch.from_numpy(group).to(rows.device)
+    medians = torch.stack([median(rows[of == g], weights, how, round) for g in range(count)])
+    return median(medians, weights, how, round)
 
 
 Rule = Callable[[Tensor, Tensor, Robust, int], Tensor]

@@ -66,6 +66,11 @@ def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, about
 
 
+def read_constants(told: Mapping[str, Any]) -> LocalConstants:
+    """The inverse of `dataclasses.asdict`."""
+    return LocalConstants(**{**told, "spec": ModelSpec(**told["spec"])})
+
+
 def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Transcript:
     shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}, "carried": {}, "summed": {}}
     private: dict[str, dict[int, dict[str, Tensor]]] = {"sent": {}, "returned": {}, "updates": {}}
@@ -77,10 +82,8 @@ def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
             client, name = rest.split("/", 1)
             private[place].setdefault(int(client), {})[name] = tensor
     examples = {int(k): n for k, n in about["examples"].items()}
-    constants = dict(about["constants"])
-    constants["spec"] = ModelSpec(**constants["spec"])
     return Transcript(
-        algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=LocalConstants(**constants),
+        algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=read_constants(about["constants"]),
         broadcast=shared["broadcast"], released=shared["released"], carried=shared["carried"], summed=shared["summed"],
         updates={k: ClientUpdate(k, u, examples[k]) for k, u in private["updates"].items()},
         rows={int(k): tuple(v) for k, v in about["rows"].items()}, owners=tuple(about["owners"]),

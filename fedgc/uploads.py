@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedgc.algorithms import Algorithm, T, backbone_part
+from fedgc.algorithms import Algorithm, backbone_part
 from fedgc.doors import Defense
 from fedgc.local import LocalResult
 from fedgc.probing import Probes
@@ -79,7 +79,7 @@ class Packing:
             home = Home(home.rows + result.delta[HEAD])
         elif head == "stacked":
             sent[HEAD], home = self._rows(k, sent[HEAD], result.delta[HEAD], order, home)
-        masked = self._masked(k, self.averaged(sent), order) if self.defense.masks else {}
+        masked = self._masked(k, self.algorithm.averaged(sent), order) if self.defense.masks else {}
         return Upload(k, sent, result.loss, result.steps, result.images, result.dropped, masked, home)
 
     def _rows(self, k: int, change: Tensor, trained: Tensor, order: Order, home: Home) -> tuple[Tensor, Home]:
@@ -95,10 +95,6 @@ class Packing:
         own = home.rows + change
         same = generator(self.noise_key, "uploading", k)  # in every round
         return self.defense.uploading(k, own, same) - order.rows, Home(own, home.probes)
-
-    def averaged(self, sent: Mapping[str, T]) -> Mapping[str, T]:
-        """What of an upload the server averages over clients."""
-        return sent if self.algorithm.head == "shared" else backbone_part(sent)
 
     def _masked(self, k: int, averaged: Tensors, order: Order) -> Tensors:
         share = order.examples[k] / sum(order.examples.values())

@@ -17,6 +17,7 @@ from fedgc.pipeline.watch import Watch
 from fedgc.uploads import Ask
 
 if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid
 
 
@@ -51,10 +52,15 @@ class Simulation:
         _require_federation(config)
         return setting
 
+    def app(self, config: Config, parties: Federation) -> ClientApp:
+        """What every node runs."""
+        from fedgc.pipeline.flower.node import SimulatedNode, client_app
+
+        return client_app(SimulatedNode(config.to_toml(), parties.noise_key))
+
     @contextmanager
     def reached(self, config: Config, parties: Federation) -> Iterator[Ask | None]:
         try:
-            from fedgc.pipeline.flower.node import SimulatedNode, client_app
             from fedgc.pipeline.flower.server import GridClients, Nodes
             from fedgc.pipeline.flower.simulation import simulated_grid
         except ImportError as error:
@@ -62,8 +68,7 @@ class Simulation:
                 f"engine = flower needs Flower and Ray ({error.name} is missing): pip install 'fedgc-priv[flower]', or use "
                 "inprocess"
             ) from None
-        app = client_app(SimulatedNode(config.to_toml(), parties.noise_key))
-        with simulated_grid(app, len(parties.parties)) as (grid, check):
+        with simulated_grid(self.app(config, parties), len(parties.parties)) as (grid, check):
             nodes = Nodes(grid, len(parties.parties), config, check)
             yield GridClients(nodes, {}, restores=True)
 

@@ -19,7 +19,7 @@ from fedgc.pipeline.verdicts import with_verdict
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory
 
-SWEEP = "sweep.json"
+SWEEP_FILE = "sweep.json"
 
 
 def report(
@@ -68,9 +68,9 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 def _cells_of(path: Path) -> list[Path]:
     """Runs of a sweep that did not fail; none where there is no sweep."""
-    if not (path / SWEEP).exists():
+    if not (path / SWEEP_FILE).exists():
         return []
-    sweep = read_json(path / SWEEP)
+    sweep = read_json(path / SWEEP_FILE)
     failed = {f["cell"] for f in sweep.get("failed", [])}
     return [path / cell["name"] for cell in sweep["cells"] if cell["name"] not in failed]
 
@@ -79,7 +79,7 @@ def failures(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Cells of sweeps that ended without a result, as the sweep recorded them, each with the path that its run would have."""
     return [
         {**cell, "run": str(path / cell["cell"])}
-        for path in paths if (path / SWEEP).exists() for cell in read_json(path / SWEEP).get("failed", [])
+        for path in paths if (path / SWEEP_FILE).exists() for cell in read_json(path / SWEEP_FILE).get("failed", [])
     ]  # fmt: skip
 
 

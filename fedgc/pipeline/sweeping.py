@@ -18,7 +18,7 @@ from fedgc.errors import FedgcError, RefusedError, RunError, UsageError, WorkFai
 from fedgc.files import make_folder, read_json, write_json
 from fedgc.pipeline.grids import Cell
 from fedgc.pipeline.processes import processes
-from fedgc.pipeline.reporting import SWEEP, report
+from fedgc.pipeline.reporting import SWEEP_FILE, report
 from fedgc.pipeline.watch import Watch, silent
 
 POLL_SECONDS = 0.5
@@ -30,15 +30,15 @@ ATTACK_UNITS = (
 def run_sweep(grid: Sequence[Cell], out: Path, *, resume: bool = False, watch: Watch = silent) -> dict[str, Any]:
     """Train, attack and report a grid; returns the report's summary and the cells that failed."""
     plan = [cell.identity() for cell in grid]
-    known = read_json(out / SWEEP) if (out / SWEEP).exists() else None
+    known = read_json(out / SWEEP_FILE) if (out / SWEEP_FILE).exists() else None
     if known is not None and known["cells"] != plan:
         raise UsageError(f"{out} holds a sweep over another grid: choose another --out")
     if known is not None and known["status"] != "finished" and not resume:
         raise RunError(f"{out} holds an unfinished sweep: add --resume to go on")
     make_folder(out)
-    write_json(out / SWEEP, {"cells": plan, "status": "running"})
+    write_json(out / SWEEP_FILE, {"cells": plan, "status": "running"})
     failed = _play(grid, out, watch)
-    write_json(out / SWEEP, {"cells": plan, "status": "finished" if not failed else "failed", "failed": failed})
+    write_json(out / SWEEP_FILE, {"cells": plan, "status": "finished" if not failed else "failed", "failed": failed})
     if len(failed) == len(grid):
         raise WorkFailedError(f"every cell of {out} failed; the first: {failed[0]['cell']}: {failed[0]['error']}")
     return report([out], out / "report", watch=watch)

@@ -108,3 +108,8 @@ class NotANumber(PlantedBug):
 
 
 PLANTED: tuple[type[DPSGD], ...] = (NoNoise, NoiseOfTheMean, ClipsTheMean, BareRows, SameNoise, NotANumber)
+
+
+def runs_needed(bug: type[DPSGD]) -> int:
+    """In each world, for an audit to flag it."""
+    return 200 if bug is NoiseOfTheMean else 100

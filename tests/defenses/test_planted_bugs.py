@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planted_bugs import PLANTED, NoiseOfTheMean, NoNoise, NotANumber
+from planted_bugs import PLANTED, NoNoise, NotANumber, runs_needed
 from torch import Tensor
 
 from defenses.client_dp import ClientDP
@@ -97,7 +97,7 @@ def test_dp_sgd_as_it_is_passes(unit: str, mode: str, seed: int) -> None:
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_a_planted_bug_is_found(bug: type[DPSGD]) -> None:
-    found = audit(dp_sgd(bug), runs=200 if bug is NoiseOfTheMean else 100)
+    found = audit(dp_sgd(bug), runs=runs_needed(bug))
     assert found["claimed"] == pytest.approx(4.86, abs=0.02)  # what the correct one claims
     assert found["flagged"]["value"] > found["claimed"]
     assert found["exceeded"]
@@ -194,6 +194,5 @@ def test_no_false_alarm_in_twenty_clean_audits(unit: str) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("bug", PLANTED)
 def test_every_bug_is_found_with_twenty_seeds(bug: type[DPSGD], unit: str) -> None:
-    runs = 200 if bug is NoiseOfTheMean else 100
-    found = [audit(dp_sgd(bug, unit=unit), runs=runs, seed=100 + seed)["exceeded"] for seed in range(SEEDS)]
+    found = [audit(dp_sgd(bug, unit=unit), runs=runs_needed(bug), seed=100 + seed)["exceeded"] for seed in range(SEEDS)]
     assert all(found), found

@@ -110,7 +110,7 @@ def updates() -> tuple[int, int, list[str]]:
 def planted(seeds: int) -> tuple[int, int, list[str]]:
     """Mistakes that are flagged with every seed, in both units; a false alarm on the mechanism as it is takes one away."""
     sys.path.insert(0, str(ROOT / "tests/defenses"))
-    from planted_bugs import PLANTED, NoiseOfTheMean
+    from planted_bugs import PLANTED, runs_needed
 
     from defenses.dp_sgd import DPSGD
     from fedgc.pipeline.auditing import audit
@@ -122,7 +122,7 @@ def planted(seeds: int) -> tuple[int, int, list[str]]:
 
     wrong = []
     for bug in PLANTED:
-        found = flagged(bug, 200 if bug is NoiseOfTheMean else 100)
+        found = flagged(bug, runs_needed(bug))
         wrong += [] if all(found) else [f"{bug.__name__}: flagged in {sum(found)} of {len(found)} audits"]
     alarms = sum(flagged(DPSGD, 200))
     wrong += [f"{alarms} false alarms in {2 * seeds} audits of the mechanism as it is"] if alarms else []

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
+from tests.pictures import picture
 from tests.trust.cases import Outcome, command, costly, shown
 
 PEOPLE, PHOTOS = ("ada", "bob"), 3
 GOOD = len(PEOPLE) * PHOTOS
 PROGRESS = "looking "  # lines on stderr of what takes long
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
-    """A smooth random RGB picture."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def people(root: Path) -> Path:

@@ -18,8 +18,9 @@ from PIL import Image, PngImagePlugin
 
 from fedgc.data.faces import load_faces
 from fedgc.data.folder import DAMAGED, EMPTY, FOREIGN, TOO_LARGE, TOO_SMALL, UNREADABLE
+from tests.pictures import encoded, picture
 from tests.trust.cases import Case
-from tests.trust.folders import GOOD, encoded, inspected, people, picture
+from tests.trust.folders import GOOD, inspected, people
 from tests.trust.pickles import CANARY, Code
 
 SIDE = 16

@@ -13,8 +13,9 @@ from pathlib import Path
 from unittest import SkipTest
 
 from fedgc.data.folder import EMPTY, LOOSE, OUTSIDE, SPECIAL, UNNAMEABLE
+from tests.pictures import picture
 from tests.trust.cases import Case, command, refused, shown
-from tests.trust.folders import GOOD, PHOTOS, inspected, people, picture, report
+from tests.trust.folders import GOOD, PHOTOS, inspected, people, report
 
 MANY = 100_000
 

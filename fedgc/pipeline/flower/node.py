@@ -14,7 +14,6 @@ from flwr.clientapp import ClientApp
 
 from fedgc.client import Clients
 from fedgc.config import Config, put, validated
-from fedgc.data.faces import FaceSet
 from fedgc.data.splits import Splits
 from fedgc.errors import UsageError
 from fedgc.federation import Federation
@@ -128,7 +127,7 @@ class DeployedNode:
     simulated = False
 
     def photos(self, context: Context, told: Told) -> list[int] | None:
-        return counts_of(_faces(context, told)) if "faces" in context.node_config else None
+        return counts_of(load_config_faces(_config(context, told))) if "faces" in context.node_config else None
 
     def memory(self, context: Context, told: Told) -> Memory:
         home, run = context.node_config.get("home"), str(told["run"])
@@ -155,14 +154,10 @@ def _config(context: Context, told: Told) -> Config:
     return validated(tree)
 
 
-def _faces(context: Context, told: Told) -> FaceSet:
-    return load_config_faces(_config(context, told))
-
-
 def _setting(context: Context, told: Told, config: Config) -> Setting:
     if "source" in context.node_config:
         return prepare(config)
-    faces, client = _faces(context, told), _client(context)
+    faces, client = load_config_faces(config), _client(context)
     if told["roster"][client] != counts_of(faces):
         raise UsageError(
             f"the photos in {config.data.source} are not those that this node announced: start the training again"

@@ -11,7 +11,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedgc.types import LocalConstants, ModelSpec, Tensors
+from fedgc.transcripts import read_constants
+from fedgc.types import Tensors
 from fedgc.uploads import Home, Order, Upload
 
 ABOUT, JSON = "about", "json"
@@ -63,7 +64,7 @@ def order_to_content(order: Order, backbone: ArrayRecord, home: Home, **more: An
 
 def content_to_order(content: RecordDict) -> tuple[Order, Home]:
     told = about(content)
-    constants = LocalConstants(**{**told["constants"], "spec": ModelSpec(**told["constants"]["spec"])})
+    constants = read_constants(told["constants"])
     examples = {int(k): n for k, n in told["examples"].items()}
     backbone = tensors_of(content, BACKBONE)
     order = Order(tuple(told["where"]), constants, backbone, one_of(content, ROWS), examples)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -11,20 +10,9 @@ from PIL import Image
 
 from fedgc.data.align import ARCFACE_TEMPLATE, NO_FACE, aligned, central_square, landmarks, similarity, warp
 from fedgc.data.folder import UnusableImageError, decode
+from tests.pictures import encoded, picture
 
 LFW = Path(__file__).parents[4] / "shared" / "data" / "lfw-devtrain"
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A smooth random RGB picture."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
 
 
 def test_the_central_square_is_central() -> None:

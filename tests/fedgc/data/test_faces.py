@@ -12,14 +12,9 @@ from PIL import Image
 from fedgc.data.align import aligned
 from fedgc.data.faces import FaceSet, load_faces
 from fedgc.errors import DataError
+from tests.pictures import picture
 
 ORL = Path(__file__).parents[4] / "shared" / "data" / "orl"
-
-
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
-    """A smooth random RGB picture."""
-    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 def person(root: Path, name: str, count: int = 2) -> Path:
