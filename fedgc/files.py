@@ -13,13 +13,28 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from fedgc.errors import RunError, WorkFailedError
+from fedgc.errors import RunError, UsageError, WorkFailedError
 
 PRIVATE = 0o600
 SHARED = 0o644
 TEMPORARY = ".tmp"
+# what a well-formed file of something else makes its reader run into
+MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Turn what reading a well-formed file of something else runs into, into an error that names the file."""
+    try:
+        yield
+    except (*MALFORMED, UsageError) as error:
+        why = " ".join(repr(error).split())[:300]
+        raise RunError(
+            f"{path} does not hold what its place in the run says ({why}): restore it or train again"
+        ) from None
 
 
 @contextmanager
@@ -142,6 +157,18 @@ def _require_each_once(path: Path) -> None:
 
     with path.open("rb") as file:
         json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=once)
+
+
+def require_tensor(tensors: Mapping[str, Tensor], name: str, kind: torch.dtype, *shape: int | None) -> Tensor:
+    """The tensor of that name; raises ValueError where it is of another kind or shape. None stands for any size."""
+    tensor = tensors[name]
+    fits = len(shape) == tensor.ndim and all(
+        want in (None, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype != kind or not fits:
+        due = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, and {kind} ({due}) is due")
+    return tensor
 
 
 def sha256(path: Path) -> str:

@@ -8,17 +8,17 @@ Tensors are ``before/NAME`` and ``after/NAME`` (or ``delta/NAME``, after minus b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
 from fedgc.errors import UsageError
 from fedgc.files import PRIVATE, write_tensors
-from fedgc.models import BACKBONES, build_backbone, check_spec, state_tensors
+from fedgc.models import build_backbone, checked_spec, state_tensors
 from fedgc.types import BACKBONE, HEAD, LocalConstants, ModelSpec, ObservedUpdate, Tensors
 
 BEFORE, AFTER, DELTA = "before/", "after/", "delta/"
@@ -100,7 +100,7 @@ def unpack_update(tensors: Tensors, about: Any, where: str) -> tuple[ObservedUpd
     """The update, in float32, and the public constants behind it. Raises UsageError for the first thing that is wrong:
     description, names, shapes, or numbers that are not finite."""
     described = Described.of(about, where)
-    spec = checked_spec(described.spec, where)
+    spec = checked_spec(described.spec, where, HELP)
     parts = {prefix: _part(tensors, prefix) for prefix in (BEFORE, AFTER, DELTA)}
     _check_named(tensors, parts, where)
     before, moved = parts[BEFORE], parts[AFTER] or parts[DELTA]
@@ -120,28 +120,6 @@ def unpack_update(tensors: Tensors, about: Any, where: str) -> tuple[ObservedUpd
     classes = () if HEAD not in before else described.classes or tuple(range(len(before[HEAD])))
     start = {name: t.float() for name, t in before.items()}
     return ObservedUpdate((0,), start, delta, described.batch_size, classes), described.constants(spec)
-
-
-def checked_spec(values: Any, where: str) -> ModelSpec:
-    """A network's description as it lies in a file; raises UsageError where no such network can be built."""
-    names = {f.name for f in fields(ModelSpec)}
-    try:
-        if not isinstance(values, Mapping) or set(values) - names:
-            raise ValueError(f"its keys are {', '.join(sorted(names))}")
-        spec = TypeAdapter(ModelSpec).validate_python(dict(values))
-        if spec.backbone not in BACKBONES:
-            raise ValueError(f"backbone is one of {', '.join(BACKBONES)}")
-        if not (32 <= spec.image_size <= 256 and 8 <= spec.embedding_size <= 4096 and 0 < spec.scale <= 256):
-            raise ValueError("image_size lies in 32..256, embedding_size in 8..4096, scale in (0, 256]")
-        if not 0 <= spec.margin_size <= 1 or spec.softmax_classes < 0:
-            raise ValueError("margin_size lies in 0..1, and softmax_classes is no less than 0")
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{where}: wrong spec: {'.'.join(map(str, first['loc']))}: {first['msg']}; {HELP}") from None
-    except ValueError as error:
-        raise UsageError(f"{where}: wrong spec: {error}; {HELP}") from None
-    check_spec(spec)
-    return spec
 
 
 def _part(tensors: Tensors, prefix: str) -> dict[str, Tensor]:

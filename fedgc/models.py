@@ -5,13 +5,14 @@ Normalisation of pixels happens in the backbone and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from fedgc.backbones.inception import InceptionFaceNet
@@ -62,6 +63,30 @@ def check_spec(spec: ModelSpec) -> None:
         f"{spec.backbone} makes {makes} from photos of at least {chosen.smallest} px, not {spec.embedding_size} from "
         f"{spec.image_size} px: add {size}--set data.image_size={min(chosen.side, 112)}"
     )
+
+
+def checked_spec(values: Any, where: str, hint: str = "give a checkpoint of `fedgc-priv train`") -> ModelSpec:
+    """A network's description as it lies in a file; raises UsageError where no such network can be built."""
+    names = {f.name for f in fields(ModelSpec)}
+    try:
+        if values is None:
+            raise ValueError("the file does not say which network it is for")
+        if not isinstance(values, Mapping) or set(values) - names:
+            raise ValueError(f"its keys are {', '.join(sorted(names))}")
+        spec = TypeAdapter(ModelSpec).validate_python(dict(values))
+        if spec.backbone not in BACKBONES:
+            raise ValueError(f"backbone is one of {', '.join(BACKBONES)}")
+        if not (32 <= spec.image_size <= 256 and 8 <= spec.embedding_size <= 4096 and 0 < spec.scale <= 256):
+            raise ValueError("image_size lies in 32..256, embedding_size in 8..4096, scale in (0, 256]")
+        if not 0 <= spec.margin_size <= 1 or spec.softmax_classes < 0:
+            raise ValueError("margin_size lies in 0..1, and softmax_classes is no less than 0")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{where}: wrong spec: {'.'.join(map(str, first['loc']))}: {first['msg']}; {hint}") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: wrong spec: {error}; {hint}") from None
+    check_spec(spec)
+    return spec
 
 
 class FaceModel(nn.Module):

@@ -7,7 +7,9 @@ after a crash the last complete round is found by looking, and a half-written on
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from fedgc.errors import RunError
 from fedgc.files import (
+    MALFORMED,
     PRIVATE,
     read_sealed,
     read_tensors,
@@ -32,6 +35,8 @@ from fedgc.types import HEAD, Charge, ModelSpec, State
 MOMENTUM = "momentum."  # of the server: in state files only, never in a checkpoint
 PROBES = "probes."  # of a probing client: likewise
 KEPT = "kept."  # by clients at home: likewise
+KEYS = 2**256
+ROUND = re.compile(r"round-([0-9]{4,9})\.json")
 
 
 class Rounds:
@@ -65,7 +70,9 @@ class Rounds:
             remove(self._state(old, "safetensors"))
 
     def rounds(self) -> list[int]:
-        return sorted(int(p.stem.removeprefix("round-")) for p in (self.path / "state").glob("round-*.json"))
+        """Those whose state is committed; a file of another name is none of them."""
+        names = (ROUND.fullmatch(p.name) for p in (self.path / "state").glob("round-*.json"))
+        return sorted(int(name[1]) for name in names if name)
 
     def last_round(self) -> int:
         return max(self.rounds(), default=0)
@@ -74,14 +81,14 @@ class Rounds:
         """The state after ``round``, or after the last complete round whose files are intact; None before the first."""
         for t in [round] if round is not None else reversed(self.rounds()):
             path = self._state(t, "safetensors")
-            with suppress(RunError, OSError):
+            with suppress(RunError, OSError, *MALFORMED):
                 commit = read_sealed(self._state(t, "json"))
                 if sha256(path) != commit["sha256"]:
                     continue
                 tensors, _ = read_tensors(path)
                 rows = tensors.pop(HEAD)
                 momentum, probes, kept = (_popped(tensors, prefix) for prefix in (MOMENTUM, PROBES, KEPT))
-                ledger = tuple(Charge(**charge) for charge in commit["ledger"])
+                ledger = ledger_of(commit["ledger"])
                 return State(t, tensors, rows, ledger, momentum, probes, kept)
         return None
 
@@ -89,13 +96,13 @@ class Rounds:
         """Drop what a crash left of later rounds, so that they are played again, and finish what it left undone of the others."""
         found = {}
         for line in self._metrics_lines():
-            with suppress(ValueError, TypeError, KeyError):
+            with suppress(*MALFORMED):
                 found[json.loads(line)["round"]] = line
         for t in reversed(self.rounds()):
             if t > round:
                 remove(self._state(t, "json"))
                 continue
-            with suppress(RunError):  # the line stands for a damaged commit of an earlier round
+            with suppress(RunError, *MALFORMED):  # the line stands for a damaged commit of an earlier round
                 found[t] = json.dumps(read_sealed(self._state(t, "json"))["metrics"])
         lines = [found[t] for t in range(1, round + 1) if t in found]
         if lines != self._metrics_lines():
@@ -105,8 +112,9 @@ class Rounds:
     def metrics(self) -> list[dict[str, Any]]:
         """Of every complete round, in order. Raises RunError where a line is damaged."""
         try:
-            return [json.loads(line) for line in self._metrics_lines()]
-        except ValueError as error:
+            lines = [json.loads(line) for line in self._metrics_lines()]
+            return [{**line, "round": int(line["round"])} for line in lines]
+        except MALFORMED as error:
             raise RunError(f"{self.path / 'metrics.jsonl'} is damaged ({error}); restore it or train again") from None
 
     def _metrics_lines(self) -> list[str]:
@@ -134,7 +142,10 @@ class Rounds:
         if not path.exists() and not self.exists:
             write_sealed(path, int.from_bytes(os.urandom(32), "big"), PRIVATE)
         try:
-            return int(read_sealed(path))
+            key = read_sealed(path)
+            if type(key) is not int or not 0 <= key < KEYS:
+                raise RunError(f"{path} holds no key")
+            return key
         except RunError:
             raise RunError(
                 f"{path} is lost or damaged: this run cannot go on without the noise it began with; train again"
@@ -149,13 +160,25 @@ class Rounds:
         """
         path = self.path / "privacy.json"
         known: list[Charge] = []
-        with suppress(RunError):
-            known = [Charge(**charge) for charge in read_sealed(path)]
+        with suppress(RunError, *MALFORMED):
+            known = list(ledger_of(read_sealed(path)))
         held = set(known)
         fresh = [charge for charge in ledger if charge not in held]
         if fresh:
             write_sealed(path, [asdict(charge) for charge in known + fresh])
         return tuple(known + fresh)
+
+
+def ledger_of(told: Any) -> tuple[Charge, ...]:
+    """Charges as they lie in a file. Raises ValueError, TypeError where one of them costs no number."""
+    charges = tuple(Charge(**charge) for charge in told)
+    for c in charges:
+        counts, amounts = (c.client, c.round, c.steps, c.photos), (c.noise_multiplier, c.sample_rate)
+        if any(type(n) is not int or n < 0 for n in counts):
+            raise ValueError(f"{c} counts by what is no whole number")
+        if not all(type(x) in (int, float) and 0 <= x < math.inf for x in amounts) or c.sample_rate > 1:
+            raise ValueError(f"{c} is by numbers that no mechanism has")
+    return charges
 
 
 def _popped(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

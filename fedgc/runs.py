@@ -24,11 +24,13 @@ from fedgc.canaries import Planting
 from fedgc.errors import RunError, UsageError
 from fedgc.files import (
     PRIVATE,
+    holding,
     is_temporary,
     make_folder,
     read_json,
     read_tensors,
     remove,
+    require_tensor,
     write_json,
     write_tensors,
     write_text,
@@ -155,7 +157,10 @@ class RunDirectory(Rounds):
         path = self.path / "private" / f"{name}.safetensors"
         with holding(path):
             tensors, about = read_tensors(path)
-            return Truth(tuple(about["clients"]), tensors["images"].float() / 255, tensors["labels"])
+            clients = tuple(int(k) for k in about["clients"])
+            images = require_tensor(tensors, "images", torch.uint8, len(clients), None, 3, None, None)
+            labels = require_tensor(tensors, "labels", torch.int64, *images.shape[:2])
+            return Truth(clients, images.float() / 255, labels)
 
     def save_knowledge(self, auxiliary: tuple[Tensor, Tensor], gallery: tuple[Tensor, Tensor]) -> None:
         """uint8 photos that attackers own, and a number for each person: of strangers, and of the gallery."""
@@ -171,11 +176,10 @@ class RunDirectory(Rounds):
         path = self.path / "attacker" / "knowledge.safetensors"
         with holding(path):
             tensors, _ = read_tensors(path)
-            return Knowledge(
-                tensors["auxiliary"].float() / 255,
-                Gallery(tensors["gallery"].float() / 255, tensors["people"]),
-                auxiliary_people=tensors.get("auxiliary_people"),
-            )
+            auxiliary = require_tensor(tensors, "auxiliary", torch.uint8, None, 3, None, None)
+            people = "auxiliary_people"
+            known = require_tensor(tensors, people, torch.int64, len(auxiliary)) if people in tensors else None
+            return Knowledge(auxiliary.float() / 255, _gallery(tensors, "gallery", "people"), auxiliary_people=known)
 
     def save_bystanders(self, calibration: tuple[Tensor, Tensor], strangers: tuple[Tensor, Tensor]) -> None:
         """uint8 photos and numbers of people who are not trained on, for scoring alone: those whose comparisons set a judge's
@@ -194,8 +198,7 @@ class RunDirectory(Rounds):
         with holding(path):
             tensors, _ = read_tensors(path)
             calibration, strangers = (
-                Gallery(tensors[f"{who}/photos"].float() / 255, tensors[f"{who}/people"])
-                for who in ("calibration", "strangers")
+                _gallery(tensors, f"{who}/photos", f"{who}/people") for who in ("calibration", "strangers")
             )
             return calibration, strangers
 
@@ -213,13 +216,15 @@ class RunDirectory(Rounds):
             return None
         with holding(path):
             tensors, _ = read_tensors(path)
-            return Canaries(tensors["photos"].float() / 255, tensors["classes"], tensors["clients"])
+            photos = require_tensor(tensors, "photos", torch.uint8, None, 3, None, None)
+            classes, clients = (require_tensor(tensors, n, torch.int64, len(photos)) for n in ("classes", "clients"))
+            return Canaries(photos.float() / 255, classes, clients)
 
     def load_coins(self) -> Tensor:
         """bool (m,): which candidates were trained on."""
         path = self.path / "private" / "canaries.safetensors"
         with holding(path):
-            return read_tensors(path)[0]["inside"].bool()
+            return require_tensor(read_tensors(path)[0], "inside", torch.uint8, None).bool()
 
     def save_utility_draws(self, draws: Mapping[str, Mapping[str, NDArray[np.float64]]]) -> None:
         """What each utility figure of each net is in each draw of test and calibration people, (draws,) each. Runs of one seed
@@ -232,25 +237,23 @@ class RunDirectory(Rounds):
         path = self.path / UTILITY_DRAWS
         if not path.exists():
             return {}
-        return {name: tensor.double().numpy() for name, tensor in read_tensors(path)[0].items()}
+        with holding(path):
+            tensors, _ = read_tensors(path)
+            return {name: require_tensor(tensors, name, torch.float32, None).double().numpy() for name in tensors}
 
     def save_identities(self, value: Mapping[str, Any]) -> None:
         """The private names: who class c is, and which person of the gallery."""
         write_json(self.path / "private" / "identities.json", value, PRIVATE)
 
     def load_identities(self) -> dict[str, Any]:
-        return dict(read_json(self.path / "private" / "identities.json"))
+        path = self.path / "private" / "identities.json"
+        with holding(path):
+            return dict(read_json(path))
 
 
-@contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """Turn what reading a well-formed file of something else runs into, into an error that names the file."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"{path} does not hold what its place in the run says ({error!r}): restore it or train again"
-        ) from None
+def _gallery(tensors: Mapping[str, Tensor], photos: str, people: str) -> Gallery:
+    images = require_tensor(tensors, photos, torch.uint8, None, 3, None, None)
+    return Gallery(images.float() / 255, require_tensor(tensors, people, torch.int64, len(images)))
 
 
 def provenance() -> dict[str, Any]:

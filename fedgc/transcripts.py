@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
-from fedgc.types import HEAD, ClientUpdate, LocalConstants, ModelSpec, Transcript
+from fedgc.algorithms import ALGORITHMS
+from fedgc.models import checked_spec
+from fedgc.types import HEAD, ClientUpdate, LocalConstants, Tensors, Transcript
 
+SHARED = ("broadcast", "released", "carried", "summed")
+CONSTANTS = TypeAdapter(LocalConstants)
 STEP = re.compile(r"-step-b(?P<batch>\d+)-(k(?P<steps>\d+)-)?\d+$")
+
+
+class Header(BaseModel):
+    """What stands beside the tensors of a transcript."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+    algorithm: str
+    round: int = Field(ge=1)
+    kind: Literal["round", "step"]
+    rows: dict[int, tuple[int, ...]]
+    owners: tuple[int, ...]
+    examples: dict[int, int]
+    prober: int | None = None
+    masked: bool = False
 
 
 def transcript_name(round: int, batch: int | None = None, number: int = 0, steps: int = 1) -> str:
@@ -67,12 +88,29 @@ def pack_transcript(t: Transcript) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_constants(told: Mapping[str, Any]) -> LocalConstants:
-    """The inverse of `dataclasses.asdict`."""
-    return LocalConstants(**{**told, "spec": ModelSpec(**told["spec"])})
+    """The inverse of `dataclasses.asdict`. Raises ValueError, TypeError where it is not that, UsageError for no such network."""
+    spec = checked_spec(told["spec"], "public constants")
+    constants = LocalConstants(**{**CONSTANTS.validate_python(told).__dict__, "spec": spec})
+    if told.keys() - constants.__dict__.keys():
+        raise ValueError(f"public constants know no {min(told.keys() - constants.__dict__.keys())}")
+    amounts = (constants.lr, constants.head_lr_factor, constants.momentum, constants.weight_decay, constants.server_lr)
+    if not all(0 <= x < math.inf for x in amounts) or constants.batch_size < 1 or (constants.steps or 1) < 1:
+        raise ValueError("public constants are not those of any training")
+    return constants
 
 
 def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Transcript:
-    shared: dict[str, dict[str, Tensor]] = {"broadcast": {}, "released": {}, "carried": {}, "summed": {}}
+    """The inverse of `pack_transcript`. Raises KeyError, TypeError, ValueError for what it would not have packed: nothing that
+    an attack reads is of another kind, shape or owner than its name says, and all of it is finite."""
+    transcript = _unpacked(tensors, Header.model_validate(about), about)
+    _require_known(transcript)
+    for place, message, rows in _messages(transcript):
+        _require_message(place, message, rows, transcript)
+    return transcript
+
+
+def _unpacked(tensors: Mapping[str, Tensor], told: Header, about: Mapping[str, Any]) -> Transcript:
+    shared: dict[str, dict[str, Tensor]] = {place: {} for place in SHARED}
     private: dict[str, dict[int, dict[str, Tensor]]] = {"sent": {}, "returned": {}, "updates": {}}
     for key, tensor in tensors.items():
         place, rest = key.split("/", 1)
@@ -81,12 +119,46 @@ def unpack_transcript(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
         else:
             client, name = rest.split("/", 1)
             private[place].setdefault(int(client), {})[name] = tensor
-    examples = {int(k): n for k, n in about["examples"].items()}
+    examples = told.examples
     return Transcript(
-        algorithm=about["algorithm"], round=about["round"], kind=about["kind"], constants=read_constants(about["constants"]),
+        algorithm=told.algorithm, round=told.round, kind=told.kind, constants=read_constants(about["constants"]),
         broadcast=shared["broadcast"], released=shared["released"], carried=shared["carried"], summed=shared["summed"],
         updates={k: ClientUpdate(k, u, examples[k]) for k, u in private["updates"].items()},
-        rows={int(k): tuple(v) for k, v in about["rows"].items()}, owners=tuple(about["owners"]),
-        examples=examples, prober=about.get("prober"), masked=about.get("masked", False), sent=private["sent"],
-        returned=private["returned"],
+        rows=told.rows, owners=told.owners, examples=examples, prober=told.prober, masked=told.masked,
+        sent=private["sent"], returned=private["returned"],
     )  # fmt: skip
+
+
+def _require_known(t: Transcript) -> None:
+    """Clients are those who took part or own a class, and classes those that somebody owns."""
+    if t.algorithm not in ALGORITHMS:
+        raise ValueError(f"no algorithm {t.algorithm!r}")
+    if not t.examples or min(t.examples.values()) < 0 or sum(t.examples.values()) < 1:
+        raise ValueError("nobody took part")
+    if strangers := (t.sent.keys() | t.updates.keys() | t.returned.keys() | t.rows.keys()) - {*t.owners, *t.examples}:
+        raise ValueError(f"client {min(strangers)} owns no class and took no part")
+    if any(not 0 <= c < len(t.owners) for rows in t.rows.values() for c in rows):
+        raise ValueError("a row is of no class")
+
+
+def _messages(t: Transcript) -> Iterator[tuple[str, Tensors, int | None]]:
+    """Each message with its name, and how many class embeddings it may hold; None for all classes."""
+    for place in SHARED:
+        yield place, getattr(t, place), None
+    for place, messages in (("sent", t.sent), ("returned", t.returned)):
+        yield from ((f"{place}/{k}", message, len(t.rows.get(k, ()))) for k, message in messages.items())
+    yield from ((f"updates/{k}", u.tensors, len(t.rows.get(k, ()))) for k, u in t.updates.items())
+
+
+def _require_message(place: str, message: Tensors, rows: int | None, t: Transcript) -> None:
+    for name, tensor in message.items():
+        known = t.broadcast.get(name)
+        head = (len(t.owners) if rows is None else rows, t.constants.spec.embedding_size)
+        shape = head if name == HEAD else known.shape if known is not None else None
+        if shape is None or tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{place}/{name} is {tuple(tensor.shape)}, and {shape and tuple(shape)} is due")
+        if not tensor.is_floating_point() or (known is not None and tensor.dtype != known.dtype):
+            raise ValueError(f"{place}/{name} is {tensor.dtype}")
+    lengths = torch._foreach_norm(list(message.values())) if message else []
+    if not all(bool(length.isfinite()) for length in lengths):
+        raise ValueError(f"{place} holds numbers that are not finite")

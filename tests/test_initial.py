@@ -221,11 +221,13 @@ def test_tensors_are_checked_one_by_one(
 
 def test_a_file_must_say_what_it_is_for(public: dict[str, Path], tmp_path: Path) -> None:
     tensors, _ = read_tensors(public["group"] / LAST)
-    for about in (None, [], {"spec": None}, {"spec": {"backbone": "small"}}):
+    for about in (None, [], {"spec": None}):
         write_tensors(tmp_path / "x.safetensors", tensors, about)
         refused(config(init=tmp_path / "x.safetensors"), "does not say which network")
+    write_tensors(tmp_path / "x.safetensors", tensors, {"spec": {"backbone": "small"}})
+    refused(config(init=tmp_path / "x.safetensors"), "wrong spec: norm: Field required")
     file = changed(public["group"], tmp_path / "y.safetensors", lambda t: None, backbone="of-tomorrow")
-    refused(config(init=file), "--set model.backbone=of-tomorrow")
+    refused(config(init=file), "wrong spec: backbone is one of small,")
 
 
 def test_what_is_not_there_or_not_finished_is_refused(public: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 from fedgc.data.folder import JOURNAL, Skipped
 from fedgc.errors import DataError, WorkFailedError
-from fedgc.files import PRIVATE, make_folder, write_json, write_text
+from fedgc.files import MALFORMED, PRIVATE, make_folder, write_json, write_text
 
 MANIFEST = ".prepared.json"
 SCHEMA = 1
@@ -91,7 +91,7 @@ class PreparedFolder:
                 for line in lines[:-1]:  # what follows the last newline was cut off
                     entry = Entry.from_json(json.loads(line))
                     found[entry.file] = entry
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise DataError(
                 f"the record in {self.path} is damaged ({error}): delete that folder, and prepare it again"
             ) from None

@@ -20,13 +20,14 @@ from eval.scoring import Scores
 from fedgc.algorithms import ALGORITHMS
 from fedgc.config import load_config
 from fedgc.errors import RefusedError, RunError, UsageError
-from fedgc.files import PRIVATE, make_folder, read_json, write_json, write_tensors, write_text
+from fedgc.files import PRIVATE, make_folder, write_json, write_tensors, write_text
 from fedgc.pipeline.bare_files import attack_file
 from fedgc.pipeline.canaries import given, score_found
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
 from fedgc.pipeline.entries import entry_of, make_attack, one_of
 from fedgc.pipeline.judging import judged, optimisation_limited
 from fedgc.pipeline.linking import acquaintances, told_apart
+from fedgc.pipeline.records import summary_of
 from fedgc.pipeline.suspects import LineUp, line_up, score_suspects
 from fedgc.pipeline.verdicts import Bench
 from fedgc.pipeline.watch import Watch, silent
@@ -151,7 +152,7 @@ def _result(run: RunDirectory, job: Job, force: bool, watch: Watch) -> dict[str,
     if force and folder.exists():
         shutil.rmtree(folder)
     if (folder / "summary.json").exists():
-        return dict(read_json(folder / "summary.json"))
+        return summary_of(folder, run.path)
     started = time.monotonic()
     owned = run.load_knowledge()
     hidden = hide(run, job.attack, job.transcripts, job.seat)

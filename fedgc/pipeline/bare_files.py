@@ -24,10 +24,12 @@ from eval.scoring import Batch, Features, Scores, batches
 from fedgc.algorithms import backbone_part
 from fedgc.data.faces import load_faces
 from fedgc.errors import UsageError
-from fedgc.files import PRIVATE, make_folder, read_json, read_tensors, sha256, write_json, write_tensors
-from fedgc.foreign import checked_spec, holds_update, unpack_update
+from fedgc.files import PRIVATE, make_folder, read_tensors, sha256, write_json, write_tensors
+from fedgc.foreign import holds_update, unpack_update
+from fedgc.models import checked_spec
 from fedgc.pipeline.entries import entry_of, make_attack, one_of
 from fedgc.pipeline.judging import STRANGERS, of_steps, unit_features
+from fedgc.pipeline.records import Summary, checked
 from fedgc.pipeline.setting import AUXILIARY_PHOTOS
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.pipeline.working import FIELDS, keep_graphs
@@ -154,7 +156,7 @@ def _update_entry(foreign: Foreign, attack: Attack, threat: str, force: bool, wa
     if force and folder.exists():
         shutil.rmtree(folder)
     if (folder / "summary.json").exists():
-        return dict(read_json(folder / "summary.json"))
+        return {**checked(Summary, folder / "summary.json"), "folder": str(folder)}
     started = time.monotonic()
     keep_graphs()
     found = attack(

@@ -22,12 +22,13 @@ from fedgc.data.folder import Folder, UnusableImageError, decode, read_bytes, sc
 from fedgc.data.pair_lists import Pair, PairList, Photo, locate, read_pairs
 from fedgc.data.splits import Splits
 from fedgc.errors import DataError, RunError, UsageError
+from fedgc.files import holding
 from fedgc.models import build_backbone, embed, state_tensors
 from fedgc.pipeline.initial import kept_initial
 from fedgc.pipeline.setting import Setting, load_config_faces
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.rng import numpy_generator
-from fedgc.runs import RunDirectory, holding
+from fedgc.runs import RunDirectory
 from fedgc.types import BACKBONE, State
 
 FEWEST_STRANGERS = 4  # two to test on, two for thresholds

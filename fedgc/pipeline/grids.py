@@ -90,10 +90,12 @@ def _cell(base: Mapping[str, Any], plan: Plan, values: Mapping[str, Any], offset
         _put_axis(tree, key, value)
         named.append(f"{key.rpartition('.')[2]}={value}")
     if offset is not None:
-        put(tree, "seed", int(base.get("seed", 0)) + offset)
+        first = validated(tree, "the grid")  # that seeds are numbers is seen there
+        put(tree, "seed", first.seed + offset)
         named.append(f"seed={tree['seed']}")
-        if "noise_seed" in tree.get("defense", {}):  # the same noise under every seed would make seeds look alike
-            put(tree, "defense.noise_seed", int(tree["defense"]["noise_seed"]) + offset)
+        if (noise_seed := getattr(first.defense, "noise_seed", None)) is not None:
+            # the same noise under every seed would make seeds look alike
+            put(tree, "defense.noise_seed", noise_seed + offset)
     name = "_".join(named).replace("/", "-") or "only"
     return Cell(name, tree, plan.settings, plan.targets, plan.attacks, plan.threats)
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from eval.gate import failing, unjudged
 from eval.report import build
 from eval.results import Failure, RunResult
 from fedgc.config import read_toml
-from fedgc.errors import GateError, RunError
-from fedgc.files import read_json, read_tensors
+from fedgc.errors import GateError, RunError, WorkFailedError
+from fedgc.files import MALFORMED
+from fedgc.pipeline.records import pictures_of, samples_of, summary_of, sweep_in, trained
 from fedgc.pipeline.verdicts import with_verdict
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory
-
-SWEEP_FILE = "sweep.json"
 
 
 def report(
@@ -33,7 +29,13 @@ def report(
     known = [
         Failure(f["run"], *(f[key] for key in ("algorithm", "defense", "epsilon", "seed", "error"))) for f in failed
     ]
-    summary = build(runs, out, originals=originals, commands=commands, failures=known)
+    try:
+        summary = build(runs, out, originals=originals, commands=commands, failures=known)
+    except MALFORMED as error:  # what is checked as it is read is less than all that a report looks at
+        raise WorkFailedError(
+            f"no report can be made of {', '.join(run.path for run in runs)} ({error!r}): leave out runs that others may have "
+            "changed; if it is of your own making, that is a mistake of this tool (`fedgc-priv -v report ...` shows where)"
+        ) from error
     watch("writing the report", 1, 1)
     return {**summary, "failed": failed, "report": str(out / "report.html")}
 
@@ -68,9 +70,8 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 def _cells_of(path: Path) -> list[Path]:
     """Runs of a sweep that did not fail; none where there is no sweep."""
-    if not (path / SWEEP_FILE).exists():
+    if (sweep := sweep_in(path)) is None:
         return []
-    sweep = read_json(path / SWEEP_FILE)
     failed = {f["cell"] for f in sweep.get("failed", [])}
     return [path / cell["name"] for cell in sweep["cells"] if cell["name"] not in failed]
 
@@ -79,14 +80,15 @@ def failures(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Cells of sweeps that ended without a result, as the sweep recorded them, each with the path that its run would have."""
     return [
         {**cell, "run": str(path / cell["cell"])}
-        for path in paths if (path / SWEEP_FILE).exists() for cell in read_json(path / SWEEP_FILE).get("failed", [])
+        for path in paths for cell in (sweep_in(path) or {}).get("failed", [])
     ]  # fmt: skip
 
 
 def load_result(path: Path) -> RunResult:
     run = RunDirectory(path)
-    about = run.finished()
-    attacks = [with_verdict(p.parent, read_json(p)) for p in sorted((path / "attacks").glob("*/summary.json"))]
+    about = trained(run)
+    folders = [p.parent for p in sorted((path / "attacks").glob("*/summary.json"))]
+    attacks = [with_verdict(folder, summary_of(folder, path)) for folder in folders]
     return RunResult(
         str(path),
         about,
@@ -96,38 +98,3 @@ def load_result(path: Path) -> RunResult:
         run.load_utility_draws,
         samples_of(path),
     )
-
-
-def pictures_of(path: Path) -> Callable[[dict[str, Any]], tuple[Tensor, Tensor] | None]:
-    def pictures(entry: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-        file = path / str(entry.get("folder", "")) / "pictures.safetensors"
-        if not entry.get("folder") or not file.exists():
-            return None
-        tensors, _ = read_tensors(file)
-        return tensors["originals"], tensors["found"]
-
-    return pictures
-
-
-def samples_of(path: Path) -> Callable[[dict[str, Any]], Sequence[dict[str, Any]]]:
-    """Rows of an entry's targets: in the entry, or, of attacks whose targets are people, in the owner-only samples.csv."""
-
-    def samples(entry: dict[str, Any]) -> Sequence[dict[str, Any]]:
-        file = path / str(entry.get("folder", "")) / "samples.csv"
-        if entry.get("samples") or not entry.get("folder") or not file.exists():
-            return list(entry.get("samples") or ())
-        with open(file, newline="", encoding="utf-8") as lines:
-            return [{name: _read(text) for name, text in row.items()} for row in csv.DictReader(lines)]
-
-    return samples
-
-
-def _read(text: str) -> float | str | None:
-    """What the text of a cell stands for: a number, a truth value as 0 or 1, nothing, or itself."""
-    known: dict[str, float | None] = {"": None, "True": 1.0, "False": 0.0}
-    if text in known:
-        return known[text]
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fedgc.errors import FedgcError, RefusedError, RunError, UsageError, WorkFailedError
-from fedgc.files import make_folder, read_json, write_json
+from fedgc.files import make_folder, write_json
 from fedgc.pipeline.grids import Cell
 from fedgc.pipeline.processes import processes
-from fedgc.pipeline.reporting import SWEEP_FILE, report
+from fedgc.pipeline.records import SWEEP_FILE, sweep_in
+from fedgc.pipeline.reporting import report
 from fedgc.pipeline.watch import Watch, silent
 
 POLL_SECONDS = 0.5
@@ -30,7 +31,7 @@ ATTACK_UNITS = (
 def run_sweep(grid: Sequence[Cell], out: Path, *, resume: bool = False, watch: Watch = silent) -> dict[str, Any]:
     """Train, attack and report a grid; returns the report's summary and the cells that failed."""
     plan = [cell.identity() for cell in grid]
-    known = read_json(out / SWEEP_FILE) if (out / SWEEP_FILE).exists() else None
+    known = sweep_in(out)
     if known is not None and known["cells"] != plan:
         raise UsageError(f"{out} holds a sweep over another grid: choose another --out")
     if known is not None and known["status"] != "finished" and not resume:

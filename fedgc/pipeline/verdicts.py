@@ -25,9 +25,10 @@ from eval.scoring import nearest
 from eval.statistics import Floats, Ints
 from eval.verdicts import JudgeGate, Targets, another, judge_gate, verdicts
 from fedgc.errors import RunError
-from fedgc.files import PRIVATE, read_json, read_tensors, write_json, write_tensors
+from fedgc.files import PRIVATE, holding, read_tensors, write_json, write_tensors
 from fedgc.pipeline.judges import load_judges
 from fedgc.pipeline.linking import mates_of
+from fedgc.pipeline.records import Verdict, checked, pictures_in
 from fedgc.pipeline.watch import Watch
 from fedgc.rng import numpy_generator
 from fedgc.runs import RunDirectory
@@ -131,7 +132,7 @@ class Bench:
             return entry
         file = folder / f"verdict-{self.look.judge.key}.json"
         if file.exists():
-            return merged(entry, read_json(file))
+            return merged(entry, checked(Verdict, file))
         images, classes, originals = shown
         metrics, baselines, similarity = self.compare(images, classes, originals, str(entry["folder"]))
         kept = {"judge": self.about, "metrics": metrics, "baselines": baselines, "similarity": similarity}
@@ -203,11 +204,11 @@ def pictures(folder: Path, entry: Entry) -> tuple[Tensor, list[int], Tensor | No
     """What an attack returned as pictures (n, 3, H, W), the class of each, and the photos behind recorded steps in the same
     order; None where it returned none."""
     if entry.get("batch_size") is not None:  # of recorded steps
-        file = folder / "pictures.safetensors"
-        if not file.exists():
+        if (pair := pictures_in(folder)) is None:
             return None
-        tensors, _ = read_tensors(file)
-        return tensors["found"], [int(s["class"]) for s in entry["samples"]], tensors["originals"]
+        originals, found = pair
+        with holding(folder / "summary.json"):
+            return found, [int(s["class"]) for s in entry["samples"]], originals
     tensors, about = read_tensors(folder / "reconstructions.safetensors")
     images = {name.removesuffix("/images"): t for name, t in tensors.items() if name.endswith("/images")}
     if not images:
@@ -232,5 +233,5 @@ def merged(entry: Entry, verdict: Mapping[str, Any]) -> Entry:
 
 def with_verdict(folder: Path, entry: Entry) -> Entry:
     """The entry as a report shows it: of several judges that spoke, with the one that knows people best."""
-    found = [read_json(file) for file in sorted(folder.glob(VERDICT))]
+    found = [checked(Verdict, file) for file in sorted(folder.glob(VERDICT))]
     return merged(entry, max(found, key=lambda v: v["judge"]["auc"].get("value") or 0.0)) if found else entry

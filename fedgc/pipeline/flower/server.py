@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedgc.config import Config
 from fedgc.errors import RunError, UsageError, WorkFailedError
+from fedgc.files import MALFORMED
 from fedgc.pipeline.flower.rosters import Roster
 from fedgc.pipeline.flower.wire import ABOUT, about, arrays, content_to_upload, note, order_to_content
 from fedgc.uploads import Absence, Answers, Asked, Home, Order, Upload
@@ -20,6 +21,7 @@ HELLO_SECONDS = 120.0
 POLL_SECONDS = 0.02
 MOST_POLL_SECONDS = 1.0
 LOOK_SECONDS = 0.2
+MOST_PHOTOS = 10_000_000  # of a client
 
 
 class Nodes:
@@ -92,13 +94,23 @@ def _introduction(reply: Message | None, clients: int) -> dict[str, Any]:
         return {}
     if reply.has_error():
         return {"why": _reason(reply)}
-    told = about(reply.content)
+    try:
+        told = about(reply.content)
+    except ValueError as error:
+        return {"why": str(error)}
     client, photos = told.get("client"), told.get("photos")
     if type(client) is not int or not 0 <= client < clients:
-        return {"why": f"partition-id is {client!r}, and there are {clients} clients (federation.clients)"}
-    if photos is not None and not (photos and all(type(n) is int and n > 0 for n in photos)):
-        return {"why": f"client {client} has no person with two photos or more"}
+        return {"why": f"partition-id is {str(client)[:40]!r}, and there are {clients} clients (federation.clients)"}
+    if photos is not None and (why := _no_photos(photos)):
+        return {"why": f"client {client} has {why}"}
     return {"client": client, "photos": photos}
+
+
+def _no_photos(photos: Any) -> str | None:
+    """Why these are no counts of photos, or None."""
+    if not isinstance(photos, list) or not photos or not all(type(n) is int and n > 0 for n in photos):
+        return "no person with two photos or more"
+    return None if sum(photos) <= MOST_PHOTOS else f"more than {MOST_PHOTOS:,} photos, it says"
 
 
 def _reason(reply: Message) -> str:
@@ -146,5 +158,5 @@ class GridClients:
             return Absence(f"its node failed: {_reason(reply)}")
         try:
             return content_to_upload(reply.content, client, order.where)
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             return Absence(f"its answer was refused: {error}")

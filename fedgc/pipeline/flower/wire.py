@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from fedgc.files import MALFORMED
 from fedgc.transcripts import read_constants
 from fedgc.types import Tensors
 from fedgc.uploads import Home, Order, Upload
 
 ABOUT, JSON = "about", "json"
 BACKBONE, ROWS, HOME, SENT, MASKED = "backbone", "rows", "home", "sent", "masked"
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 ONLY = "only"  # the name of the tensor in a record of one
 
 
@@ -25,10 +30,22 @@ def arrays(tensors: Tensors) -> ArrayRecord:
 
 
 def tensors_of(content: RecordDict, record: str) -> dict[str, Tensor]:
-    """The tensors of a record, none where it is absent. NumPy's format without pickles: nothing is executed."""
+    """The tensors of a record, none where it is absent. Raises ValueError, TypeError for what is no tensor."""
     if record not in content.array_records:
         return {}
-    return {name: torch.from_numpy(array.numpy().copy()) for name, array in content.array_records[record].items()}
+    return {name: _tensor(name, array) for name, array in content.array_records[record].items()}
+
+
+def _tensor(name: str, array: Array) -> Tensor:
+    """NumPy's format, whose header says how many bytes must follow: that is looked at before memory is taken for them."""
+    stream = io.BytesIO(array.data)
+    try:
+        shape, turned, kind = _HEADERS[np.lib.format.read_magic(stream)](stream)
+    except Exception:  # a header is a Python literal, and a hostile one can make its parser raise nearly anything
+        raise ValueError(f"{name} is not an array in NumPy's format") from None
+    if kind.hasobject or turned or math.prod(shape) * kind.itemsize != len(array.data) - stream.tell():
+        raise ValueError(f"{name} is not the array that its header promises")
+    return torch.from_numpy(np.frombuffer(array.data, kind, offset=stream.tell()).reshape(shape).copy())
 
 
 def one_of(content: RecordDict, record: str) -> Tensor | None:
@@ -39,7 +56,7 @@ def about(content: RecordDict) -> dict[str, Any]:
     """Raises ValueError where the sender speaks another language."""
     try:
         found = json.loads(str(content.config_records[ABOUT][JSON]))
-    except (KeyError, ValueError):
+    except MALFORMED:
         found = None
     if not isinstance(found, dict):
         raise ValueError("a message without a description")
