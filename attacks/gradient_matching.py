@@ -64,11 +64,15 @@ class Descent:
         """Whether the start goes on."""
         self.used, self.last = self.used + 1, total
         if not math.isfinite(total):
-            self.failed, self.best, self.distance = True, math.inf, math.inf
-            return False
+            return self.fail()
         if total < self.best:
             self.best, self.distance, self.chosen = total, distance, self.z.detach().clone()
         return True
+
+    def fail(self) -> bool:
+        """What it found so far does not count, and it does not go on."""
+        self.failed, self.best, self.distance = True, math.inf, math.inf
+        return False
 
 
 def match(
@@ -81,8 +85,8 @@ def match(
 ) -> Solution:
     """The best images by distance + penalty, over all iterates of all starts. The truth plays no part in the choice.
 
-    tick is called with the number of iterations finished so far, out of restarts x iterations. A start whose loss stops being
-    finite is counted as failed; the images of the others stand.
+    tick is called with the number of iterations finished so far, out of restarts x iterations. A start whose loss or gradient
+    stops being finite is counted as failed; the images of the others stand.
     """
     starts = [Descent(prior.start(shape, restart, generator)) for restart in range(schedule.restarts)]
     groups = [starts] if schedule.group else [[start] for start in starts]
@@ -128,7 +132,7 @@ def _adam(
     optimizer = torch.optim.Adam([start.z for start in group], lr=schedule.step_size)
     window, reference = max(1, schedule.iterations // 10), math.inf
     for i in range(schedule.iterations):
-        middle = torch.stack([start.z.detach() for start in group]).mean(0) if schedule.group else None
+        middle = _middle(group) if schedule.group else None
         going = [_slope(distance, prior, start, schedule, middle) for start in group if not start.failed]
         if not any(going):
             return
@@ -145,10 +149,16 @@ def _adam(
             reference = best
 
 
+def _middle(group: list[Descent]) -> Tensor:
+    """The mean of the starts that have not failed, or are about to: one number that is not finite would end them all."""
+    every = [start.z.detach() for start in group if not start.failed]
+    return torch.stack([z for z in every if bool(z.isfinite().all())] or every).mean(0)
+
+
 def _slope(
     distance: Callable[[Tensor], Tensor], prior: Prior, start: Descent, schedule: Schedule, middle: Tensor | None
 ) -> bool:
-    """Put the gradient at a start where the optimiser looks for it; False where the loss is not finite."""
+    """Put the gradient at a start where the optimiser looks for it; False where that or the loss is not finite."""
     images = prior.images(start.z)
     apart = distance(images)
     objective = apart + prior.penalty(start.z, images)
@@ -158,6 +168,9 @@ def _slope(
     if middle is not None:
         objective = objective + schedule.group * (start.z - middle).square().sum()
     (start.z.grad,) = torch.autograd.grad(objective, start.z)
+    if not bool(start.z.grad.isfinite().all()):  # its sign would be, and L-BFGS would end there without a word
+        start.z.grad = None
+        return start.fail()
     if schedule.optimizer == "signed-adam":
         start.z.grad.sign_()
     return True

@@ -93,13 +93,14 @@ class TemplateInversion(Attack):
         sources, units = self.wanted(observation, network, generator)
         known = units.any(dim=1)
         images = faces.mean(0).expand(len(units), *faces.shape[1:]).contiguous()
+        lost = 0
         if bool(known.any()):
-            images[known] = self.rendered(network, faces, units[known], generator, progress)
+            images[known], lost = self.rendered(network, faces, units[known], generator, progress)
         rows = self.rows(observation)
         guesses = rows.weight[: self.classes] if self.source == "correction" and rows is not None else None
         loss = 1 - (network.all_features(images) * units).sum(1)
         searched = self.iterations * int(known.sum()) if self.method in ("both", "optimisation") else 0
-        failed = int((~known).sum())
+        failed = int((~known).sum()) + lost
         return Reconstruction(sources, images=images, loss=loss, embeddings=guesses, iterations=searched, failed=failed)
 
     def network(self, observation: Observation) -> Network:
@@ -133,10 +134,10 @@ class TemplateInversion(Attack):
 
     def rendered(
         self, network: Network, faces: Tensor, units: Tensor, generator: torch.Generator, progress: Progress
-    ) -> Tensor:
-        """(n, 3, S, S) in [0, 1] for unit features (n, d)."""
+    ) -> tuple[Tensor, int]:
+        """(n, 3, S, S) in [0, 1] for unit features (n, d), and how many searches ended with a loss that is not finite."""
         if self.method == "nearest":
-            return faces[(units @ network.all_features(faces).T).argmax(dim=1)]
+            return faces[(units @ network.all_features(faces).T).argmax(dim=1)], 0
         batches = units.split(BATCH)
         learning = self.training if self.method != "optimisation" else 0
         searching = self.iterations * len(batches) if self.method != "decoder" else 0
@@ -147,26 +148,30 @@ class TemplateInversion(Attack):
             starts = torch.cat([decoder(batch) for batch in batches]).clamp(0, 1)
         if self.method == "decoder":
             assert starts is not None
-            return starts
+            return starts, 0
         prior = Eigenfaces(faces.mean(0), auxiliary_basis(faces, self.components, self.copies), self.gaussian)
-        out = []
+        out: list[Tensor] = []
+        lost = 0
         for number, batch in enumerate(batches):
             first = None if starts is None else starts[number * BATCH : number * BATCH + len(batch)]
             z = batch.new_zeros(len(batch), len(prior.basis)) if first is None else coordinates(prior, first)
             done = offset(tick, learning + number * self.iterations)
-            out.append(self.searched(network, prior, batch, z, generator, done))
-        return torch.cat(out)
+            images, failed = self.searched(network, prior, batch, z, generator, done)
+            out, lost = [*out, images], lost + failed
+        return torch.cat(out), lost
 
     def searched(
         self, network: Network, prior: Eigenfaces, units: Tensor, z: Tensor, generator: torch.Generator, tick: Tick
-    ) -> Tensor:
-        """The images (n, 3, S, S) of the best of CHECKS iterates, each by its own objective: 1 - cosine + gaussian·|z|².
+    ) -> tuple[Tensor, int]:
+        """The images (n, 3, S, S) of the best of CHECKS iterates, each by its own objective: 1 - cosine + gaussian·|z|², and for
+        how many of them it was not finite in the end.
 
         For class embeddings the feature is that of an altered copy, another in each step: a person is who they are in any light
         and pose, and pixels that only this network answers to do not survive that."""
         z = z.clone().requires_grad_()
         optimizer = torch.optim.Adam([z])
-        best, chosen = self.objective(network, prior, units, z), z.detach().clone()
+        value = best = self.objective(network, prior, units, z)
+        chosen = z.detach().clone()
         every = max(1, self.iterations // CHECKS)
         for i in range(self.iterations):
             images = prior.images(z)
@@ -181,7 +186,7 @@ class TemplateInversion(Attack):
                 better = value < best
                 best, chosen = torch.where(better, value, best), torch.where(better[:, None], z.detach(), chosen)
                 tick(i + 1)
-        return prior.final(chosen).clamp(0, 1)
+        return prior.final(chosen).clamp(0, 1), int((~value.isfinite()).sum())
 
     @torch.no_grad()
     def objective(self, network: Network, prior: Eigenfaces, units: Tensor, z: Tensor) -> Tensor:

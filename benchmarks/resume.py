@@ -22,13 +22,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fedgc import cli, terminal
 from fedgc import files as durable
+from fedgc.errors import FedgcError
 from fedgc.runs import RunDirectory
+from tests.trust.faulty import readable
 
 ROUNDS, WRITES = 8, 40  # of a run; under differential privacy there are more writes
 TINY = (
@@ -50,9 +52,10 @@ def command(case: tuple[str, str], out: Path, *more: str, settings: tuple[str, .
     return ["train", "--algorithm", case[0], *flags, "--out", str(out), *more]
 
 
-def go_on(case: tuple[str, str], out: Path) -> list[str]:
+def go_on(case: tuple[str, str], out: Path, settings: tuple[str, ...] = ()) -> list[str]:
     """What the tool tells a person to type: the same command before the run was begun, then --resume."""
-    return ["train", "--out", str(out), "--resume"] if RunDirectory(out).exists else command(case, out)
+    begun = RunDirectory(out).exists
+    return ["train", "--out", str(out), "--resume"] if begun else command(case, out, settings=settings)
 
 
 # -- one process
@@ -101,8 +104,8 @@ def played(arguments: list[str]) -> float:
     return time.monotonic() - clock
 
 
-def suicide(point: str, count: int) -> Hook:
-    """Kill the process itself at the count-th passing of a point."""
+def suicide(point: str, count: int, number: signal.Signals = signal.SIGKILL) -> Hook:
+    """Kill the process itself, or send it another signal, at the count-th passing of a point."""
 
     def hook() -> None:
         left = count
@@ -111,7 +114,7 @@ def suicide(point: str, count: int) -> Hook:
             nonlocal left
             left -= 1
             if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), number)
 
         if point == "after charge":
             RunDirectory.charge = after(RunDirectory.charge, passing)  # type: ignore[method-assign]
@@ -215,19 +218,25 @@ class Tally:
 
 
 class Trial:
-    """Runs of one case, killed and resumed, against one that was left alone."""
+    """Runs of one case, killed and resumed, against one that was left alone. settings: beside those of the case."""
 
-    def __init__(self, case: tuple[str, str], root: Path) -> None:
-        self.case, self.root = case, root
+    def __init__(self, case: tuple[str, str], root: Path, settings: tuple[str, ...] = ()) -> None:
+        self.case, self.root, self.settings = case, root, settings
         self.reference = root / "reference"
-        self.seconds = played(command(case, self.reference))
+        self.seconds = played(self.command(self.reference))
+
+    def command(self, out: Path, *more: str) -> list[str]:
+        return command(self.case, out, *more, settings=self.settings)
+
+    def go_on(self, out: Path) -> list[str]:
+        return go_on(self.case, out, self.settings)
 
     def random(self, number: int, drawn: random.Random) -> tuple[list[str], list[str]]:
         """Kill at an instant of the reference's duration, and again with one chance in two; the phases, and what differs."""
         out, phases = self.root / f"random-{number}", []
         while True:
             kill_after = drawn.uniform(0, self.seconds) if not phases or drawn.random() < 0.5 else None
-            code = finish(start(go_on(self.case, out)), kill_after)
+            code = finish(start(self.go_on(out)), kill_after)
             if code == 0 and phases:
                 return phases, self.compared(out)
             if code == 0:  # it was faster than the reference
@@ -240,9 +249,9 @@ class Trial:
     def aimed(self, point: str, count: int) -> list[str] | None:
         """Kill at the count-th passing of a point; what differs, or None where the run passes it less often."""
         out = self.root / f"aimed-{point}-{count}"
-        if finish(start(go_on(self.case, out), suicide(point, count))) != -signal.SIGKILL:
+        if finish(start(self.go_on(out), suicide(point, count))) != -signal.SIGKILL:
             return None
-        code = finish(start(go_on(self.case, out)))
+        code = finish(start(self.go_on(out)))
         return self.compared(out) if code == 0 else [f"exit code {code}"]
 
     def compared(self, out: Path) -> list[str]:
@@ -253,7 +262,7 @@ class Trial:
             (reference / "state").mkdir(parents=True)
             for name in ("config.toml", "state/noise-key.json"):
                 shutil.copy(out / name, reference / name)
-            played(command(self.case, reference))
+            played(self.command(reference))
         found = differences(out, reference)
         shutil.rmtree(self.root / "same-key", ignore_errors=True)
         if not found:
@@ -305,16 +314,37 @@ def aimed(trials: dict[tuple[str, str], Trial], count: int, drawn: random.Random
 # -- signals
 
 
-def stopped(trial: Trial, stage: str, number: signal.Signals, times: int) -> tuple[float, str]:
-    """Seconds until the end after one or two signals in a stage, and what is wrong: exit code, message, weights."""
-    out = trial.root / f"stopped-{number.name}-{times}-{stage.replace(' ', '-')}"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedgc.cli", *command(trial.case, out)],
+class Process(Protocol):
+    """As `subprocess.Popen`."""
+
+    returncode: Any
+
+    def poll(self) -> int | None: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def communicate(self, *, timeout: float) -> tuple[str, str]: ...
+
+
+def real(arguments: list[str]) -> Process:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedgc.cli", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    while process.poll() is None and not reached(out, stage):
+
+
+def stopped(
+    trial: Trial,
+    stage: str | float,
+    number: signal.Signals,
+    times: int,
+    begin: Callable[[list[str]], Process] = real,
+) -> tuple[float, str]:
+    """Seconds until the end after one or two signals in a stage, or so many seconds after the start, and what is wrong: exit
+    code, message, the last round, weights after going on."""
+    out = trial.root / f"stopped-{number.name}-{times}-{stage}".replace(" ", "-")
+    process, began = begin(trial.command(out)), time.monotonic()
+    while process.poll() is None and not reached(out, stage, began):
         time.sleep(0.001)
-    time.sleep(0.02)
+    time.sleep(0.02 if isinstance(stage, str) else 0)
     clock = time.monotonic()
     for _ in range(times):
         process.send_signal(number)
@@ -325,14 +355,20 @@ def stopped(trial: Trial, stage: str, number: signal.Signals, times: int) -> tup
         return spent, f"exit code {process.returncode}: {err.strip()[-200:]}"
     if times == 1 and ("Traceback" in err or not any(w in err for w in ("--resume", "repeat the command"))):
         return spent, f"said {err.strip()[-200:]!r}"
-    if finish(start(go_on(trial.case, out))) != 0:
+    try:
+        readable(out)
+    except (AssertionError, FedgcError) as unreadable:
+        return spent, f"the last round is not intact: {unreadable}"
+    if finish(start(trial.go_on(out))) != 0:
         return spent, "did not go on"
     return spent, ", ".join(trial.compared(out)[:6])
 
 
-def reached(out: Path, stage: str) -> bool:
+def reached(out: Path, stage: str | float, began: float) -> bool:
     run = RunDirectory(out)
     match stage:
+        case float():
+            return time.monotonic() >= began + stage
         case "reading faces":
             return (out / ".lock").exists()
         case "a round":

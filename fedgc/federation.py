@@ -11,8 +11,10 @@ from functools import cached_property
 
 from torch import Tensor
 
+from fedgc.acceptance import endless
 from fedgc.algorithms import owner_tensor
 from fedgc.client import Clients
+from fedgc.errors import WorkFailedError
 from fedgc.heads import initial_rows
 from fedgc.inbox import Inbox
 from fedgc.models import state_tensors
@@ -132,6 +134,7 @@ class Federation(Clients):
             if not isinstance(upload, Absence) or upload.asked:
                 got.missed(self.plan(party))
         new, carried, returned = self._next(state, got, constants, where)
+        require_finite(new)
         transcript = self._transcript(state, new, where, constants, got, returned, carried)
         loss = sum(got.losses) / max(1, len(got.losses))
         return RoundResult(new, transcript, loss, got.images, got.dropped, missing)
@@ -229,4 +232,15 @@ class Federation(Clients):
             masked=self.defense.masks,
             summed={} if self.algorithm.alone or got.complete else got.total,
             own=got.own,
+        )
+
+
+def require_finite(state: State) -> None:
+    """Raise WorkFailedError, before anything of it is kept, where the server made a state that no round can start from. All that
+    arrived was finite: what is not came of adding up, noise, momentum or the correction."""
+    parts = {**state.backbone, HEAD: state.rows, **{f"momentum of {name}": x for name, x in state.momentum.items()}}
+    if (name := endless(parts)) is not None:
+        raise WorkFailedError(
+            f"round {state.round} diverged: {name} is not finite after the server's step. Nothing of it was kept, and rounds "
+            "before it are on disk: go on with --resume where this was an accident, else lower federation.server_lr"
         )

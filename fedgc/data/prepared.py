@@ -13,7 +13,7 @@ import json
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from fedgc.data.folder import JOURNAL, Skipped
 from fedgc.errors import DataError, WorkFailedError
-from fedgc.files import MALFORMED, PRIVATE, make_folder, write_json, write_text
+from fedgc.files import MALFORMED, PRIVATE, make_folder, write_json, write_text, writing
 
 MANIFEST = ".prepared.json"
 SCHEMA = 1
@@ -138,13 +138,19 @@ class PreparedFolder:
     @contextmanager
     def recording(self) -> Iterator[Any]:
         """A function that adds an entry to the journal."""
-        with open(self.journal, "a", encoding="utf-8") as file:
+        with writing(self.journal):
+            file = open(self.journal, "a", encoding="utf-8")  # noqa: SIM115
 
-            def record(entry: Entry) -> None:
+        def record(entry: Entry) -> None:
+            with writing(self.journal):
                 file.write(_line(entry))
                 file.flush()
 
+        try:
             yield record
+        finally:
+            with suppress(OSError):  # what could not be written has been said
+                file.close()
 
     def close(self, document: Mapping[str, Any]) -> None:
         """Write the manifest; the folder is complete once the journal is gone."""

@@ -21,6 +21,7 @@ from fedgc.pipeline.processes import processes
 from fedgc.pipeline.records import SWEEP_FILE, sweep_in
 from fedgc.pipeline.reporting import report
 from fedgc.pipeline.watch import Watch, silent
+from fedgc.runs import RunDirectory
 
 POLL_SECONDS = 0.5
 ATTACK_UNITS = (
@@ -30,6 +31,11 @@ ATTACK_UNITS = (
 
 def run_sweep(grid: Sequence[Cell], out: Path, *, resume: bool = False, watch: Watch = silent) -> dict[str, Any]:
     """Train, attack and report a grid; returns the report's summary and the cells that failed."""
+    with RunDirectory(out).locked():  # another sweep's cells would fail on this one's, and be written down as failed
+        return _run_sweep(grid, out, resume, watch)
+
+
+def _run_sweep(grid: Sequence[Cell], out: Path, resume: bool, watch: Watch) -> dict[str, Any]:
     plan = [cell.identity() for cell in grid]
     known = sweep_in(out)
     if known is not None and known["cells"] != plan:
@@ -75,7 +81,6 @@ def play_cell(cell: Cell, path: Path) -> None:
     from attacks.registry import ATTACKS
     from fedgc.pipeline.attacking import attack, usual_attacks
     from fedgc.pipeline.training import train
-    from fedgc.runs import RunDirectory
 
     try:
         train(cell.config(), path, resume=True)

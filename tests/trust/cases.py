@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 import torch
 
@@ -57,28 +57,72 @@ class Outcome(NamedTuple):
 slowest: dict[str, Outcome] = {}  # of each command, since this module was loaded: for a report
 
 
-def command(
-    *arguments: object,
-    inside: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    powerless: bool = False,
-) -> Outcome:
-    """Run ``fedgc-priv`` with these arguments in a forked child.
+class Child:
+    """``fedgc-priv`` with some arguments in a forked child, used as `subprocess.Popen` is.
 
-    inside: its current folder; powerless: without the power of root to read what permissions deny (Linux).
+    inside: its current folder; powerless: without the power of root to read what permissions deny (Linux); hook: called in the
+    child before the command.
     """
-    words = ["fedgc-priv", *map(str, arguments)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        held, began = _resident_mib(), time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _run(words, out, err, inside, environment or {}, powerless)
-        code, peak, worked = _ended(child, began + ABANDONED_SECONDS)
-        seconds = time.monotonic() - began
-        texts = [(file.seek(0), file.read().decode(errors="replace"))[1] for file in (out, err)]
-    outcome = Outcome(code, *texts, seconds, max(0.0, peak - held), worked)
-    if words[1] not in slowest or slowest[words[1]].seconds < seconds:
-        slowest[words[1]] = outcome
+
+    def __init__(
+        self,
+        *arguments: object,
+        inside: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        powerless: bool = False,
+        hook: Callable[[], object] | None = None,
+    ) -> None:
+        self.words = ["fedgc-priv", *map(str, arguments)]
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        self.held, self.began = _resident_mib(), time.monotonic()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            _run(self.words, self.out, self.err, inside, environment or {}, powerless, hook)
+
+    def poll(self, how: int = os.WNOHANG) -> int | None:
+        """The exit code, negative for a signal, once the child has ended."""
+        if self.returncode is None:
+            pid, status, self.usage = os.wait4(self.pid, how)
+            if pid and not os.WIFSTOPPED(status):
+                self.returncode, self.seconds = os.waitstatus_to_exitcode(status), time.monotonic() - self.began
+        return self.returncode
+
+    def halted(self) -> bool:
+        """Wait until the child has stopped itself (SIGSTOP); False where it ended instead."""
+        return self.poll(os.WUNTRACED) is None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = ABANDONED_SECONDS) -> tuple[str, str]:
+        """What it printed until its end; it is killed where it goes on after the timeout."""
+        latest = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > latest:
+                os.kill(self.pid, signal.SIGKILL)
+                latest = float("inf")
+            time.sleep(0.002)
+        out, err = ((file.seek(0), file.read().decode(errors="replace"))[1] for file in (self.out, self.err))
+        self.out.close()
+        self.err.close()
+        return out, err
+
+    def outcome(self) -> Outcome:
+        out, err = self.communicate()
+        assert self.returncode is not None
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        more, worked = self.usage.ru_maxrss / unit - self.held, self.usage.ru_utime + self.usage.ru_stime
+        return Outcome(self.returncode, out, err, self.seconds, max(0.0, more), worked)
+
+
+def command(*arguments: object, **how: Any) -> Outcome:
+    """Run ``fedgc-priv`` with these arguments in a forked child, to its end; how: as of `Child`."""
+    child = Child(*arguments, **how)
+    outcome, name = child.outcome(), child.words[1]
+    if name not in slowest or slowest[name].seconds < outcome.seconds:
+        slowest[name] = outcome
     return outcome
 
 
@@ -117,8 +161,9 @@ def shown(text: str, most: int = 200) -> str:
 
 
 def _run(
-    words: list[str], out: BinaryIO, err: BinaryIO, inside: Path | None, environment: Mapping[str, str], powerless: bool
-) -> NoReturn:
+    words: list[str], out: IO[bytes], err: IO[bytes], inside: Path | None, environment: Mapping[str, str], powerless: bool,
+    hook: Callable[[], object] | None,
+) -> NoReturn:  # fmt: skip
     """The child's life. Nothing of the parent's ends with it: no buffers, no handlers, no threads."""
     code = 70
     try:
@@ -132,6 +177,8 @@ def _run(
         torch.set_num_threads(1)
         if powerless:
             _give_up_power()
+        if hook is not None:
+            hook()
         fedgc.cli.main()
         code = 0
     except SystemExit as stop:
@@ -149,19 +196,6 @@ def _give_up_power() -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
-
-
-def _ended(child: int, latest: float) -> tuple[int, float, float]:
-    """(exit code, peak memory in MiB, seconds of work) of the child, which is killed where it goes on after ``latest``."""
-    while True:
-        pid, status, usage = os.wait4(child, os.WNOHANG)
-        if pid:
-            unit = 2**20 if sys.platform == "darwin" else 2**10
-            return os.waitstatus_to_exitcode(status), usage.ru_maxrss / unit, usage.ru_utime + usage.ru_stime
-        if time.monotonic() > latest:
-            os.kill(child, signal.SIGKILL)
-            latest = float("inf")
-        time.sleep(0.01)
 
 
 def _resident_mib() -> float:
