@@ -158,7 +158,9 @@ def verdicts(
     "sar1@fmr=...": share of targets accepted as the very photo, where there is one. "sar2@fmr=...": mean share of the person's
     other photos that accept the target's picture; targets without such photos are left out. "identity_similarity": mean
     cosine with the very photo, or else with the other photos; "identity_z": the same in standard deviations above the mean
-    of different people. Victims (by person) and thresholds (by calibration person) are both resampled.
+    of different people. Chance of these two is what the same pictures get when held to other people: noise, or a blur, may look
+    more like anybody than people look like each other. Victims (by person) and thresholds (by calibration person) are both
+    resampled.
     """
     metrics = _measures(found, targets, judged_by, rng)
     baselines = {name: _measures(e, targets, judged_by, rng) for name, e in rivals.items()}
@@ -200,12 +202,25 @@ def _measures(embeddings: Floats, targets: Targets, judged_by: JudgeGate, rng: n
     panel = _panel(embeddings, targets, None)
     similarity = panel.per_target(panel.scores)
     spread = judged_by.impostor_spread or 1.0
+    stranger = _with_others(embeddings, targets, judged_by.impostor_mean)
     for name, values, chance in (
-        ("identity_similarity", similarity, judged_by.impostor_mean),
-        ("identity_z", (similarity - judged_by.impostor_mean) / spread, 0.0),
+        ("identity_similarity", similarity, stranger),
+        ("identity_z", (similarity - judged_by.impostor_mean) / spread, (stranger - judged_by.impostor_mean) / spread),
     ):
         out[name] = replace(bootstrap_mean(values, panel.people, rng=rng), chance=round(chance, 6))
     return {name: m.to_json() for name, m in out.items()}
+
+
+def _with_others(embeddings: Floats, targets: Targets, otherwise: float) -> float:
+    """Mean cosine of the pictures (n, d) with photos of the other targets' people; ``otherwise`` where all are of one person, or
+    there is no photo."""
+    kept = [i for i, o in enumerate(targets.others) if targets.photos is not None or len(o)]
+    photos = targets.photos if targets.photos is not None else [targets.others[i].mean(axis=0) for i in kept]
+    people = targets.people[kept]
+    different = people[:, None] != people
+    if not different.any():
+        return otherwise
+    return float((embeddings[kept] @ np.stack(list(photos)).T)[different].mean())
 
 
 def accepted(panel: Panel, point: OperatingPoint, fmr: float, rng: np.random.Generator) -> Measured:

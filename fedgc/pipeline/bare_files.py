@@ -211,7 +211,7 @@ def _scores(foreign: Foreign, truth: Truth, attack: Attack, found: Reconstructio
         ]
 
     rng = numpy_generator(0, "score", _folder(foreign, attack).name)
-    scores = of_steps(every, looked, len(update.classes), faces, rng)
+    scores = of_steps(every, looked, lambda: [range(len(update.classes))] * len(every), faces, rng)
     if row:
         scores.samples[:] = [{**s, "class": update.classes[s["class"]]} for s in scores.samples]
     if _fell_short(attack, seen, every, found.loss):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,17 +35,24 @@ def judged(
     looked = lambda: [f for name, g in groups.items() for f in _features(run, name, threat, g, auxiliary)]  # noqa: E731
     if every[0].scores is not None:
         return score_photos(every, looked(), mates_of(run), rng)
-    return of_steps(every, looked, run.about()["classes"], auxiliary, rng)
+    among = lambda: [c for name, g in groups.items() for c in _may_be(run.load_transcript(name), g)]  # noqa: E731
+    return of_steps(every, looked, among, auxiliary, rng)
+
+
+def _may_be(transcript: Transcript, groups: list[Batch]) -> list[Sequence[int]]:
+    """The classes that the photos behind each target may have, as far as who sent it tells: those of the rows that it trains."""
+    return [transcript.rows.get(g.source) or range(len(transcript.owners)) for g in groups]
 
 
 def of_steps(
-    every: list[Batch], looked: Callable[[], list[Features]], classes: int, auxiliary: Tensor, rng: np.random.Generator
-) -> Scores:
+    every: list[Batch], looked: Callable[[], list[Features]], among: Callable[[], list[Sequence[int]]], auxiliary: Tensor,
+    rng: np.random.Generator,
+) -> Scores:  # fmt: skip
     """Scores of labels, features and pictures, as far as they were found. looked: the true features, where they are needed;
-    classes: how many there are to guess among."""
+    among: for each batch the classes that its photos may have, where they are needed."""
     parts = []
     if every[0].found is not None:
-        metrics, baselines = score_labels(every, classes, rng)
+        metrics, baselines = score_labels(every, among(), rng)
         hits = [bool(h) for g in every if g.found is not None for h in named(g.found, g.labels)]
         people = torch.cat([g.labels for g in every]).tolist()
         samples = [{"target": i, "class": c, "named": h} for i, (c, h) in enumerate(zip(people, hits, strict=True))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_impostors_succeed_at_the_false_match_rate_and_the_person_does_not(judge
         assert metrics[name]["value"] < 0.02
         assert baselines["genuine"][name]["value"] > 0.5
     assert metrics["identity_similarity"]["value"] == pytest.approx(judged_by.impostor_mean, abs=0.02)
-    assert metrics["identity_similarity"]["chance"] == pytest.approx(judged_by.impostor_mean)
+    assert metrics["identity_similarity"]["chance"] == pytest.approx(judged_by.impostor_mean, abs=0.005)
     assert abs(metrics["identity_z"]["value"]) < 0.15
     assert mean.mean() == pytest.approx(metrics["identity_similarity"]["value"])
     known = judged_by.tar[0.01].value
@@ -95,6 +96,20 @@ def test_one_picture_for_everybody_is_no_better_than_chance_where_nobody_is_like
     assert metrics["sar1@fmr=0.01"]["value"] == 0
     assert metrics["sar1@fmr=0.01"]["high"] >= 1 - 0.025 ** (1 / 200) - 1e-9  # Clopper-Pearson for none of 200
     assert metrics["identity_z"]["high"] < 0
+
+
+def test_one_picture_that_is_like_everybody_is_at_chance(judged_by: JudgeGate) -> None:
+    """A mean face, or what a judge makes of noise: nearer to all photos than people are to each other, and of nobody."""
+    photos, people = faces(200, 2, 6)
+    targets = Targets(people[::2], photos[::2], grouped(photos[1::2], 1))
+    like = np.repeat(unit(np.ones((1, 16))), 200, axis=0)
+    for of in (targets, replace(targets, photos=None)):
+        metrics, _, _ = verdicts(like, of, judged_by, {}, np.random.default_rng(0))
+        assert metrics["identity_z"]["low"] > 0
+        for name in ("identity_similarity", "identity_z"):
+            assert metrics[name]["low"] <= metrics[name]["chance"] == pytest.approx(metrics[name]["value"], abs=1e-4)
+    genuine = verdicts(photos[1::2], targets, judged_by, {}, np.random.default_rng(0))[0]["identity_z"]
+    assert genuine["low"] > genuine["chance"]
 
 
 def test_sar2_is_the_share_of_the_other_photos_that_accept(judged_by: JudgeGate) -> None:
