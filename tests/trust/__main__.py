@@ -1,12 +1,16 @@
-"""All of docs/trust.md, with a seed: faults, damaged files, hostile inputs, bad updates, planted mistakes; a table, a sentence.
+"""All of docs/trust.md, with a seed: faults, hostile files, bad updates, planted mistakes, nulls; a table and a sentence.
 
 make trust                        # all of it
-python -m tests.trust --quick     # a tenth, to try it
+python -m tests.trust --quick     # a tenth of the largest rows, to try it
+
+Two lanes run beside each other, each in processes of its own: the killed runs, which take longest, and everything else.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -14,11 +18,32 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+Counts = tuple[int, int, Sequence[str]]  # handled, out of so many, and what was not
+
+# a module of this package, whose constant of the same name in capitals lists its cases: what they are
+LISTS = {
+    "signals": "interrupted runs that end in time and resume bit-identical",
+    "locks": "second processes that are refused, and change nothing",
+    "disks": "full, read-only and failing disks that cost nothing",
+    "repeats": "repeated runs that are bit-identical",
+    "nans": "NaN and infinity that stop the work, or are counted",
+    "limits": "memory limits that end cleanly, or are seen before",
+    "models": "hostile model files that are refused, or normalised",
+    "paths": "hostile archives and paths that are refused, or normalised",
+    "images": "odd and hostile images that are refused, or normalised",
+    "configs": "hostile configurations that are refused",
+    "promises": "epsilons that are withheld, with the reason",
+    "nulls": "attacks on nothing that the report shows at chance",
+}
+LONG = {"kills", "fuzz"}  # played beside the others, with no faults of their own timing in the way
+HOSTILE = ("models", "paths", "images", "configs")
 
 
 @dataclass(frozen=True)
@@ -30,47 +55,58 @@ class Row:
     wrong: tuple[str, ...] = ()
 
     def line(self) -> str:
-        return f"{self.what:<58} {self.good:>5} of {self.of:<5} {self.seconds:>7.0f} s"
+        return f"{self.what:<62} {self.good:>5} of {self.of:<5} {self.seconds:>6.0f} s"
+
+    @property
+    def failed(self) -> bool:
+        return self.good < self.of or self.of == 0
 
 
-def timed(what: str, work: Callable[[], tuple[int, int, Sequence[str]]]) -> Row:
-    clock = time.monotonic()
-    good, of, wrong = work()
-    row = Row(what, good, of, time.monotonic() - clock, tuple(wrong))
-    print(row.line(), flush=True)
-    for line in row.wrong[:10]:
-        print(f"    {line}", flush=True)
-    return row
+class Lane:
+    """Rows in turn; each is printed as it ends, and on a terminal the lane says what it is at."""
+
+    def __init__(self, total: int) -> None:
+        self.rows: dict[str, Row] = {}
+        self.total, self.began = total, time.monotonic()
+
+    def __call__(self, name: str, what: str, work: Callable[[], Counts]) -> None:
+        clock = time.monotonic()
+        try:
+            good, of, wrong = work()
+        except Exception as error:  # the rows after it are of no less worth
+            good, of, wrong = 0, 1, [f"{type(error).__name__}: {error}"]
+        row = self.rows[name] = Row(what, good, of, time.monotonic() - clock, tuple(wrong))
+        print(row.line(), *(f"    {line}" for line in row.wrong[:10]), sep="\n", flush=True)
+
+    def at(self, what: str) -> None:
+        """Progress: on a terminal only."""
+        if sys.stderr.isatty():
+            spent = time.monotonic() - self.began
+            print(
+                f"\r{spent:5.0f} s, {len(self.rows)} of {self.total} rows; {what[:60]:<60}", end="\r", file=sys.stderr
+            )
 
 
-def subprocesses(command: Sequence[str], pattern: str) -> tuple[int, int, list[str]]:
+def program(lane: Lane, module: str, *arguments: object, pattern: str) -> Counts:
     """Counts that a program prints in this form, added up."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    found = [(int(a), int(b)) for a, b in re.findall(pattern, done.stdout)]
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    with tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=err, text=True)
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.strip())
+            lane.at(line.strip())
+        process.wait()
+        err.seek(0)
+        last = err.read().strip()[-300:]
+    found = [(int(a), int(b)) for a, b in re.findall(pattern, "\n".join(lines))]
     good, of = (sum(pair[i] for pair in found) for i in (0, 1))
-    wrong = [line.strip() for line in done.stdout.splitlines() if "DIFFERS" in line or "FAILED" in line]
-    return good, of, wrong if found else [f"{' '.join(command)} printed no count: {done.stderr.strip()[-300:]}"]
+    wrong = [line for line in lines if "DIFFERS" in line or line.startswith("FAILED")]
+    return good, of, wrong if found else [f"{module} printed no count: {last}"]
 
 
-def faults(kills: int, aimed: int, seed: int) -> tuple[int, int, list[str]]:
-    command = [
-        "-m",
-        "benchmarks.resume",
-        "--kills",
-        str(kills),
-        "--aimed",
-        str(aimed),
-        "--seed",
-        str(seed),
-        "--no-signals",
-    ]
-    return subprocesses(command, r"(\d+) of (\d+) (?:killed runs|runs killed)")
-
-
-def damaged(trials: int, seed: int) -> tuple[int, int, list[str]]:
+def damaged(trials: int, seed: int) -> Counts:
     from fedgc.config import load_config
     from fedgc.pipeline.training import train
     from tests.trust.damage import caught
@@ -82,13 +118,12 @@ def damaged(trials: int, seed: int) -> tuple[int, int, list[str]]:
     return sum(found.values()), sum(found.values()) + len(missed), missed
 
 
-def hostile(module: str) -> tuple[int, int, list[str]]:
-    """All cases of a module of this package; a case that this machine cannot play counts as not handled."""
-    import importlib
-
+def listed(lane: Lane, module: str, share: int) -> Counts:
+    """Cases of a module of this package, every share-th; one that this machine cannot play counts as not handled."""
     good, wrong = 0, []
-    cases = getattr(importlib.import_module(f"tests.trust.{module}"), module.upper())
+    cases = getattr(importlib.import_module(f"tests.trust.{module}"), module.upper())[::share]
     for case in cases:
+        lane.at(case.name)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 said = case.run(Path(folder))
@@ -99,7 +134,7 @@ def hostile(module: str) -> tuple[int, int, list[str]]:
     return good, len(cases), wrong
 
 
-def updates() -> tuple[int, int, list[str]]:
+def updates() -> Counts:
     from tests.trust.updates import cases
 
     said = {bad: bad.run() for bad in cases()}
@@ -107,7 +142,7 @@ def updates() -> tuple[int, int, list[str]]:
     return len(said) - len(wrong), len(said), wrong
 
 
-def planted(seeds: int) -> tuple[int, int, list[str]]:
+def planted(seeds: int) -> Counts:
     """Mistakes that are flagged with every seed, in both units; a false alarm on the mechanism as it is takes one away."""
     sys.path.insert(0, str(ROOT / "tests/defenses"))
     from planted_bugs import PLANTED, runs_needed
@@ -129,30 +164,85 @@ def planted(seeds: int) -> tuple[int, int, list[str]]:
     return len(PLANTED) - len(wrong), len(PLANTED), wrong
 
 
+def work(lane: Lane, share: int, seed: int) -> dict[str, tuple[str, Callable[[], Counts]]]:
+    """Every row by its name: what it counts, and how. share: one in so many."""
+    kills = ("--kills", 200 // share, "--aimed", 20 // share, "--seed", seed, "--no-signals")
+    inputs = ("--runs", 20000 // share, "--seed", seed)
+    killed = r"(\d+) of (\d+) (?:killed runs|runs killed)"
+
+    def cases(name: str) -> Callable[[], Counts]:
+        return lambda: listed(lane, name, 1 if name in HOSTILE else min(5, share))
+
+    return {
+        "kills": ("killed runs that resume bit-identical", lambda: program(lane, "benchmarks.resume", *kills, pattern=killed)),
+        "fuzz": ("fuzzed inputs that are read, or refused in words",
+                 lambda: program(lane, "tests.trust.fuzz", *inputs, pattern=r"(\d+) of (\d+) fuzzed")),
+        "damage": ("damaged state files that are noticed before use", lambda: damaged(1000 // share, seed)),
+        **{name: (words, cases(name)) for name, words in LISTS.items()},
+        "updates": ("bad updates that are refused or bounded", updates),
+        "planted": ("planted mistakes in DP that an audit flags", lambda: planted(1 if share > 1 else 20)),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the faults and damages")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the largest rows")
+    parser.add_argument("--only", metavar="ROW", nargs="+", help="these rows alone, by the names that --names prints")
+    parser.add_argument("--names", action="store_true", help="print the names of all rows, and end")
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where a lane leaves its rows for the other
     options = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
-    share = 10 if options.quick else 1
-    killed = timed("killed runs that resume bit-identical", lambda: faults(200 // share, 20 // share, options.seed))
-    files = timed("damaged state files that are noticed before use", lambda: damaged(1000 // share, options.seed))
-    groups = {"models": "hostile model files", "paths": "hostile archives and paths", "images": "odd and hostile images",
-              "configs": "hostile configurations"}  # fmt: skip
-    inputs = [timed(f"{words} that are refused, or normalised as documented", lambda m=name: hostile(m))  # type: ignore[misc]
-              for name, words in groups.items()]  # fmt: skip
-    bad = timed("bad updates that are refused or bounded", updates)
-    bugs = timed("planted mistakes in DP that an audit flags", lambda: planted(1 if options.quick else 20))
-    refused, of = (sum(getattr(row, key) for row in inputs) for key in ("good", "of"))
-    print(
-        f"\nfaults survived {killed.good}/{killed.of}, damaged files caught {files.good}/{files.of}, hostile inputs refused "
-        f"{refused}/{of}, bad updates handled {bad.good}/{bad.of}, planted DP bugs caught {bugs.good}/{bugs.of}"
+    lane = Lane(0)
+    every = work(lane, 10 if options.quick else 1, options.seed)
+    lane.total = len(every)
+    if options.names:
+        print(*(f"{name:<10} {words}" for name, (words, _) in every.items()), sep="\n")
+        return
+    chosen = [name for name in every if options.only is None or name in options.only]
+    with beside_of(chosen, options) if options.rows is None else nullcontext({}) as others:
+        for name in chosen:
+            if name not in others:
+                lane(name, *every[name])
+    if options.rows is not None:
+        options.rows.write_text(json.dumps({name: asdict(row) for name, row in lane.rows.items()}))
+        return
+    rows = {**others, **lane.rows}
+    print(f"\n{time.monotonic() - lane.began:.0f} s")
+    if options.only is None:
+        print(sentence(rows))
+    sys.exit(any(row.failed for row in rows.values()))
+
+
+@contextmanager
+def beside_of(chosen: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Row]]:
+    """The other lane, if there is something for both: a process that plays the longest rows. Its rows are there when it ends."""
+    mine = {name: Row(name, 0, 0, 0.0) for name in LONG if name in chosen and not set(chosen) <= LONG}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        given = [*(["--quick"] if options.quick else []), "--seed", str(options.seed), "--rows", str(file)]
+        command = [sys.executable, "-m", "tests.trust", *given, "--only", *mine]
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) if mine else None
+        try:
+            yield mine
+            if process is not None:
+                process.wait()
+                told = json.loads(file.read_text()) if file.exists() else {}
+                mine.update({name: Row(**row) for name, row in told.items()})
+        finally:
+            if process is not None and process.poll() is None:
+                process.terminate()
+
+
+def sentence(every: dict[str, Row]) -> str:
+    refused, of = (sum(getattr(every[name], key) for name in HOSTILE) for key in ("good", "of"))
+    of_row = lambda name: f"{every[name].good}/{every[name].of}"  # noqa: E731
+    return (
+        f"faults survived {of_row('kills')}, damaged files caught {of_row('damage')}, hostile inputs refused {refused}/{of}, "
+        f"bad updates handled {of_row('updates')}, planted DP bugs caught {of_row('planted')}"
     )
-    every = [killed, files, *inputs, bad, bugs]
-    sys.exit(any(row.good < row.of or row.of == 0 for row in every))
 
 
 if __name__ == "__main__":

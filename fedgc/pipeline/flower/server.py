@@ -100,7 +100,7 @@ def _introduction(reply: Message | None, clients: int) -> dict[str, Any]:
         return {"why": str(error)}
     client, photos = told.get("client"), told.get("photos")
     if type(client) is not int or not 0 <= client < clients:
-        return {"why": f"partition-id is {str(client)[:40]!r}, and there are {clients} clients (federation.clients)"}
+        return {"why": f"partition-id is {repr(client)[:40]}, and there are {clients} clients (federation.clients)"}
     if photos is not None and (why := _no_photos(photos)):
         return {"why": f"client {client} has {why}"}
     return {"client": client, "photos": photos}
