@@ -75,6 +75,8 @@ def _train(
     initial = kept_initial(run) if run.exists else read_initial(config)
     setting = engine.prepare(config, watch)
     parties = federation(setting, initial.tensors if initial else None)  # refuses what cannot be trained
+    if engine.here:
+        parties.require_memory()
     if not run.exists:
         require_other_people(initial, setting.faces.fingerprint())
         _start(setting, parties, run, initial)
