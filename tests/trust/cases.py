@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -62,17 +63,19 @@ def command(
     inside: Path | None = None,
     environment: Mapping[str, str] | None = None,
     powerless: bool = False,
+    room_mib: int | None = None,
 ) -> Outcome:
     """Run ``fedgc-priv`` with these arguments in a forked child.
 
-    inside: its current folder; powerless: without the power of root to read what permissions deny (Linux).
+    inside: its current folder; powerless: without the power of root to read what permissions deny (Linux); room_mib: how much its
+    address space may grow, which PyTorch has filled with gigabytes before anything is done (Linux).
     """
     words = ["fedgc-priv", *map(str, arguments)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         held, began = _resident_mib(), time.monotonic()
         child = os.fork()
         if child == 0:
-            _run(words, out, err, inside, environment or {}, powerless)
+            _run(words, out, err, inside, environment or {}, powerless, room_mib)
         code, peak, worked = _ended(child, began + ABANDONED_SECONDS)
         seconds = time.monotonic() - began
         texts = [(file.seek(0), file.read().decode(errors="replace"))[1] for file in (out, err)]
@@ -117,7 +120,13 @@ def shown(text: str, most: int = 200) -> str:
 
 
 def _run(
-    words: list[str], out: BinaryIO, err: BinaryIO, inside: Path | None, environment: Mapping[str, str], powerless: bool
+    words: list[str],
+    out: BinaryIO,
+    err: BinaryIO,
+    inside: Path | None,
+    environment: Mapping[str, str],
+    powerless: bool,
+    room_mib: int | None,
 ) -> NoReturn:
     """The child's life. Nothing of the parent's ends with it: no buffers, no handlers, no threads."""
     code = 70
@@ -132,6 +141,9 @@ def _run(
         torch.set_num_threads(1)
         if powerless:
             _give_up_power()
+        if room_mib is not None:
+            most = _pages(0) + room_mib * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
         fedgc.cli.main()
         code = 0
     except SystemExit as stop:
@@ -167,7 +179,11 @@ def _ended(child: int, latest: float) -> tuple[int, float, float]:
 def _resident_mib() -> float:
     """What this process holds now."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return _pages(1) / 2**20
     except OSError:
         return 0.0  # not Linux: then the limit is on all that the child holds
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _pages(which: int) -> int:
+    """Bytes of this process's address space (0), or of what of it is in memory (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[which]) * os.sysconf("SC_PAGE_SIZE")
