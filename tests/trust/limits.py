@@ -22,7 +22,7 @@ from unittest import SkipTest
 import jinja2  # noqa: F401
 import torch._dynamo  # noqa: F401
 
-import eval.plotting  # noqa: F401
+import fedgc.pipeline.reporting  # noqa: F401
 from tests.tiny import TINY
 from tests.trust.cases import Case, Outcome, command, refused, shown
 
@@ -34,7 +34,7 @@ BIG = (
 )  # 100 MiB of gradients of photos
 HOOKS = ("defense.name=dp-sgd", "defense.noise_multiplier=0.5", "defense.noise_seed=1", "defense.mode=hooks")
 FINISHED, REFUSED, RAN_OUT = "finished", "refused", "ran out"
-CRASHED = "ended by signal"  # where compiled code does not look whether it was given memory
+CRASHED = "ended by signal"  # where compiled code does not look whether it was given memory, or went on for ever
 PROGRESS = re.compile(r"[a-z][\w ,-]* \d+/\d+.*\n")  # a line now and then of what takes long
 RUN, PAGE = "run", "page"
 
