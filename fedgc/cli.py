@@ -16,7 +16,7 @@ import click
 from fedgc import __version__
 from fedgc.cli_data import data
 from fedgc.errors import FedgcError, UsageError
-from fedgc.showing import json_option, set_option, show, watching
+from fedgc.showing import in_one_line, json_option, say_unforeseen, set_option, show, watching
 from fedgc.stopping import StopSignalError, end, stop_on_signals
 
 
@@ -256,8 +256,8 @@ def list_command(kind: str, as_json: bool) -> None:
 def main() -> None:
     """Entry point: every error that a user can act on is one line and an exit code."""
     verbose = "-v" in sys.argv[1:2] or "--verbose" in sys.argv[1:2]
-    stop_on_signals()
     try:
+        stop_on_signals()
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
@@ -278,15 +278,8 @@ def main() -> None:
     except Exception as error:
         if verbose:
             raise
-        what = f"{type(error).__name__}: {in_one_line(error)}"
-        click.echo(f"fedgc-priv: {what} (run `fedgc-priv -v ...` for the traceback)", err=True)
+        say_unforeseen(error)
         sys.exit(1)
-
-
-def in_one_line(error: Exception) -> str:
-    """What an error says, as a terminal may show it: names out of a stranger's file can hold line ends and control codes."""
-    text = " ".join(str(error).splitlines())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

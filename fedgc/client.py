@@ -17,6 +17,7 @@ from fedgc.algorithms import Algorithm
 from fedgc.doors import ClientPlan, Defense, Scheme
 from fedgc.errors import UsageError
 from fedgc.heads import CosineHead
+from fedgc.limits import available, shown
 from fedgc.local import LocalResult, epoch_batches, load_tensors, train_locally
 from fedgc.models import FaceModel, build_backbone, train_last_layer_only
 from fedgc.probing import Probing, require_answers
@@ -79,6 +80,29 @@ class Clients:
 
     def _fresh(self) -> nn.Module:
         return build_backbone(self.spec, self.seed).to(self.device)
+
+    def require_memory(self) -> None:
+        """Raises UsageError where the gradients of single photos, if a defense forms them, certainly do not fit into memory."""
+        if not self.defense.forms_photo_gradients(self.backbone):
+            return
+        need, photos, client = max(self._photo_gradients(p) for p in self.parties)
+        there = available(str(self.device))
+        if there is not None and need > there:
+            raise UsageError(
+                f"{self.defense.name} would hold a gradient for each of up to {photos} photos of client {client} at once: at "
+                f"least {shown(need)} of memory, and {shown(there)} are available. Take a smaller federation.batch_size (now "
+                f"{self.schedule.batch_size}), or defense.mode = bookkeeping, which forms no such gradients"
+            )
+
+    def _photo_gradients(self, party: Party) -> tuple[int, int, int]:
+        """(bytes, photos, client) of the gradients of single photos of a client's largest batch: of every parameter, its
+        class embeddings included, and of the largest tensor a second time, beside its copy while it is kept. A lower bound,
+        so that nothing that fits is refused: measured peaks are 1.1 to 1.8 times as much, and more where activations weigh
+        more than gradients."""
+        photos = self.defense.largest_batch(self.plan(party))
+        sizes = [p.numel() for p in self.backbone.parameters() if p.requires_grad]
+        sizes.append(len(self.visible_rows(party)) * self.spec.embedding_size)
+        return 4 * photos * (sum(sizes) + max(sizes)), photos, party.client
 
     @property
     def classes(self) -> int:

@@ -102,6 +102,14 @@ class Defense(Named):
     def check_module(self, module: torch.nn.Module) -> None:
         """Raise UsageError where the network cannot be trained under this defense."""
 
+    def forms_photo_gradients(self, module: torch.nn.Module) -> bool:
+        """Whether training this network holds the gradient of every photo of a batch at once."""
+        return False
+
+    def largest_batch(self, plan: ClientPlan) -> int:
+        """Photos in the largest batch that this client is to be reckoned with in the whole run."""
+        return plan.batch_size
+
     def check_scheme(self, scheme: Scheme) -> None:
         """Raise UsageError where the training scheme has nothing that this defense could change."""
 

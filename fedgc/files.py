@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedgc.errors import RunError, UsageError, WorkFailedError
+from fedgc.limits import raise_if_short, require_room
 
 PRIVATE = 0o600
 SHARED = 0o644
@@ -106,6 +107,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise RunError(f"{path} is missing: this is not a complete run directory") from None
     except (OSError, ValueError, RecursionError) as error:
+        raise_if_short(error)
         raise RunError(f"{path} is damaged ({error}); restore it or train again") from None
 
 
@@ -129,6 +131,8 @@ def _seal(value: Any) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Any = None, mode: int = SHARED) -> str:
     """Write named tensors with a JSON description; returns the SHA-256 of the file."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    size = sum(tensor.nbytes for tensor in plain.values())
+    require_room(size, size)  # safetensors has the bytes twice, and its Rust panics where it cannot
     data = safetensors.torch.save(plain, metadata={"about": json.dumps(about)})
     write_bytes(path, data, mode)
     return hashlib.sha256(data).hexdigest()
@@ -145,6 +149,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the run is incomplete, or this is not the file you meant") from None
     except (OSError, safetensors.SafetensorError, ValueError, RecursionError) as error:
+        raise_if_short(error)
         raise RunError(f"{path} is not a readable safetensors file ({error}); no other format is loaded") from None
 
 

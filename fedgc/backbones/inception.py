@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedgc.errors import WorkFailedError
+from fedgc.limits import raise_if_short
 
 
 class InceptionFaceNet(nn.Module):
@@ -26,6 +27,7 @@ def facenet_pytorch() -> Any:
     try:
         import facenet_pytorch
     except (ImportError, RuntimeError) as error:
+        raise_if_short(error)
         raise WorkFailedError(
             f"facenet-pytorch cannot be imported ({error}). torch and torchvision probably come from different builds: "
             "install both from the same index, with the versions in constraints.txt"

@@ -21,6 +21,7 @@ from PIL import Image
 from fedgc.data.folder import scan
 from fedgc.data.preparation import Recipe, Stages, fill
 from fedgc.errors import DataError, UsageError, WorkFailedError
+from fedgc.limits import raise_if_short
 
 LFW_PHOTOS = 13_233  # of 5,749 people, in the published archive
 OLIVETTI_SIDE = 64
@@ -118,6 +119,7 @@ def _downloaded(name: str, load: Callable[[], Any]) -> Any:
             "photos of your own (see `fedgc-priv data prepare --help`)"
         ) from None
     except Exception as error:  # a damaged cache makes its readers raise nearly anything
+        raise_if_short(error)
         raise WorkFailedError(
             f"scikit-learn's cache of {name} cannot be read ({type(error).__name__}): delete that set from its data folder "
             "(sklearn.datasets.get_data_home()), and fetch again"

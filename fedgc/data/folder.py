@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fedgc.errors import DataError
+from fedgc.limits import raise_if_short, require_room
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "WEBP")  # Pillow's names; PPM includes PGM
 MAX_PIXELS = 25_000_000
@@ -129,7 +130,8 @@ def read_bytes(path: Path) -> bytes:
         if path.stat().st_size > MAX_BYTES:
             raise UnusableImageError(TOO_LARGE)
         data = path.read_bytes()
-    except OSError:
+    except OSError as error:
+        raise_if_short(error)
         raise UnusableImageError(UNREADABLE) from None
     if not data:
         raise UnusableImageError(EMPTY)
@@ -145,13 +147,16 @@ def decode(data: bytes, *, shorter_side: int | None = None) -> Image.Image:
 
     Raises:
         UnusableImageError: not an accepted format, too large or small, truncated, or damaged.
+        MemoryError: memory is short. No accepted image is to blame: its size is judged by its header.
     """
+    pixels = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             _header(data).verify()  # checks the CRCs of a PNG; the image has to be opened again afterwards
             image = _header(data)
+            pixels = image.width * image.height
             if shorter_side is not None:
                 ratio = shorter_side / min(image.size)
                 image.draft(None, (round(image.width * ratio), round(image.height * ratio)))
@@ -161,9 +166,12 @@ def decode(data: bytes, *, shorter_side: int | None = None) -> Image.Image:
             raise
         except UnidentifiedImageError:
             raise UnusableImageError(FOREIGN) from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise UnusableImageError(TOO_LARGE) from None
-        except Exception:  # a hostile file can make a decoder raise nearly anything
+        except Exception as error:  # a hostile file can make a decoder raise nearly anything
+            raise_if_short(error)
+            if data[8:12] == b"WEBP":
+                require_room(8 * (pixels or MAX_PIXELS))  # its decoder says the same of damage and of want of memory
             raise UnusableImageError(DAMAGED) from None
 
 
@@ -259,7 +267,8 @@ def _header(data: bytes) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # damaged metadata does not spoil the pixels
+    except Exception as error:  # damaged metadata does not spoil the pixels
+        raise_if_short(error)
         return image
     return image
 

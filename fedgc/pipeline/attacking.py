@@ -21,6 +21,7 @@ from fedgc.algorithms import ALGORITHMS
 from fedgc.config import load_config
 from fedgc.errors import RefusedError, RunError, UsageError
 from fedgc.files import PRIVATE, make_folder, write_json, write_tensors, write_text
+from fedgc.limits import require_address_space
 from fedgc.pipeline.bare_files import attack_file
 from fedgc.pipeline.canaries import given, score_found
 from fedgc.pipeline.candidates import Hidden, adds_up, hide, score_candidates
@@ -52,6 +53,7 @@ def attack(
     path may be a bare file (`fedgc.pipeline.bare_files`); faces and truth are then what the attacker owns, and what is true.
     Raises RefusedError when the only combination asked for is refused.
     """
+    require_address_space()
     if path.is_file() or (path.suffix == ".safetensors" and not path.is_dir()):
         given = {"--judge": judge is not None, "--targets": targets is not None, "--round": round != "last"}
         if unfit := [flag for flag, there in given.items() if there]:

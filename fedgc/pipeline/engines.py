@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
+    """here: whether clients train on this machine, and its memory is theirs."""
+
+    here: bool
+
     def prepare(self, config: Config, watch: Watch) -> Setting:
         """Everything that training starts from."""
 
@@ -36,6 +40,8 @@ def engine_of(config: Config) -> Engine:
 
 
 class InProcess:
+    here = True
+
     def prepare(self, config: Config, watch: Watch) -> Setting:
         return prepare(config, watch)
 
@@ -46,6 +52,8 @@ class InProcess:
 
 class Simulation:
     """Flower's simulation on this machine: every client in a Ray actor, on its part of the faces of the configuration."""
+
+    here = True
 
     def prepare(self, config: Config, watch: Watch) -> Setting:
         setting = prepare(config, watch)
@@ -76,6 +84,8 @@ class Simulation:
 class Deployment:
     """Nodes that connect to a SuperLink. They share the faces of the configuration (an experiment), or keep folders of their
     own."""
+
+    here = False
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid

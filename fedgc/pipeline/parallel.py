@@ -54,6 +54,8 @@ def crew(config: Config | None, out: Path) -> Iterator[bool]:
 class DataParallel:
     """Process 0's engine; the others are in `help_out` meanwhile."""
 
+    here = True
+
     def prepare(self, config: Config, watch: Watch) -> Setting:
         return prepare(config, watch)
 

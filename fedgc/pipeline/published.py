@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedgc.backbones.inception import facenet_pytorch
 from fedgc.errors import UsageError, WorkFailedError
+from fedgc.limits import raise_if_short
 
 PUBLISHED = ("vggface2", "casia-webface")  # the data they were trained on; names that facenet-pytorch knows
 BACKBONE_OF_PUBLISHED = "inception-resnet-v1"
@@ -42,6 +43,7 @@ def downloaded(name: str) -> Path:
         try:
             publisher.load_weights(_Nobody(), name)
         except Exception as error:  # of the network, or of a reader that refuses what arrived: ours judges that again
+            raise_if_short(error)
             reason = error
         if not (found := _cached(cache, name)):
             raise WorkFailedError(
@@ -71,6 +73,7 @@ def read_published(file: Path, expected: str | None, *, trusted: bool = False) -
     try:
         data = file.read_bytes()
     except OSError as error:
+        raise_if_short(error)
         raise UsageError(f"{file} cannot be read ({error})") from None
     digest = hashlib.sha256(data).hexdigest()
     check_hash(file, digest, expected)
@@ -84,6 +87,7 @@ def read_published(file: Path, expected: str | None, *, trusted: bool = False) -
             warnings.simplefilter("ignore")  # of other formats and readers: the refusal says all
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # hostile bytes can fail in any way; none of them is worth another reader
+        raise_if_short(error)
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"{file} is not a plain file of named tensors and is not loaded ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):

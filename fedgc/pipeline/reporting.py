@@ -12,6 +12,7 @@ from eval.results import Failure, RunResult
 from fedgc.config import read_toml
 from fedgc.errors import GateError, RunError, WorkFailedError
 from fedgc.files import MALFORMED
+from fedgc.limits import require_address_space
 from fedgc.pipeline.records import pictures_of, samples_of, summary_of, sweep_in, trained
 from fedgc.pipeline.verdicts import with_verdict
 from fedgc.pipeline.watch import Watch, silent
@@ -23,6 +24,7 @@ def report(
 ) -> dict[str, Any]:
     """Write the report folder; returns its summary, with the path of the page under "report" and cells without a
     result under "failed"."""
+    require_address_space()
     runs = [load_result(path) for path in find_runs(paths)]
     watch("writing the report", 0, 1)
     failed = failures(paths)

@@ -16,6 +16,7 @@ from typing import Any
 
 from fedgc.errors import FedgcError, RefusedError, RunError, UsageError, WorkFailedError
 from fedgc.files import make_folder, write_json
+from fedgc.limits import explained, ran_out
 from fedgc.pipeline.grids import Cell
 from fedgc.pipeline.processes import processes
 from fedgc.pipeline.records import SWEEP_FILE, sweep_in
@@ -90,6 +91,10 @@ def play_cell(cell: Cell, path: Path) -> None:
                 attack(path, [name], cell.threats, targets=targets, settings=cell.attack_settings)
     except FedgcError as error:
         raise RuntimeError(str(error)) from None  # an exception that any process can unpickle
+    except Exception as error:
+        if ran_out(error):
+            raise RuntimeError(explained(error, "sweep")) from None  # it says little itself, if anything
+        raise
 
 
 def _one_thread() -> None:

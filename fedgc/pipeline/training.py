@@ -17,6 +17,7 @@ from eval.recognition import PairScores
 from fedgc.config import Config, read_toml, validated
 from fedgc.errors import RunError
 from fedgc.federation import Federation
+from fedgc.limits import require_address_space
 from fedgc.pipeline.engines import Engine, engine_of
 from fedgc.pipeline.evaluation import document, embedding, untrained_state, utility
 from fedgc.pipeline.initial import Initial, keep_initial, kept_initial, read_initial, require_other_people
@@ -50,6 +51,7 @@ def train(
     ``out`` is left alone. ``after_round`` is called when a round is safely on disk. engine: where
     clients live, if not where the configuration says.
     """
+    require_address_space()
     run = RunDirectory(out)
     if config is None:
         run.about()
@@ -75,6 +77,8 @@ def _train(
     initial = kept_initial(run) if run.exists else read_initial(config)
     setting = engine.prepare(config, watch)
     parties = federation(setting, initial.tensors if initial else None)  # refuses what cannot be trained
+    if engine.here:
+        parties.require_memory()
     if not run.exists:
         require_other_people(initial, setting.faces.fingerprint())
         _start(setting, parties, run, initial)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -126,6 +127,12 @@ def command(*arguments: object, **how: Any) -> Outcome:
     return outcome
 
 
+def limit_room(mib: int) -> None:
+    """Let the address space of this process grow by so much and no more; PyTorch has filled it with gigabytes before (Linux)."""
+    most = _pages(0) + mib * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
 def refused(outcome: Outcome, codes: Iterable[int] = (2, 3), names: Iterable[str] = ()) -> str | None:
     """A complaint unless the command ended with one of the codes and one line that contains each of the names, at little cost."""
     if outcome.code not in codes:
@@ -201,7 +208,11 @@ def _give_up_power() -> None:
 def _resident_mib() -> float:
     """What this process holds now."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return _pages(1) / 2**20
     except OSError:
         return 0.0  # not Linux: then the limit is on all that the child holds
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _pages(which: int) -> int:
+    """Bytes of this process's address space (0), or of what of it is in memory (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[which]) * os.sysconf("SC_PAGE_SIZE")
