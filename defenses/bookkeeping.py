@@ -110,9 +110,12 @@ class BookKeepingOptimizer(UnitOptimizer):
         """Σ g min(1, C/|g|) over units into ``summed_grad`` of every parameter."""
         parameters: list[Any] = self.params
         totals: dict[Tensor, Tensor] = {}
+        self.units = 0
         if photos := self.book.photos():
             people = None if self.people is None else self.people.to(parameters[0].device)
-            parts, norms = self._measured(Units(photos, people), photos)
+            units = Units(photos, people)
+            parts, norms = self._measured(units, photos)
+            self.units = units.size
             factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0) * photos
             totals = dict(pair for part in parts for pair in part.total(factors))
         for p in parameters:

@@ -26,8 +26,9 @@ from defenses.accounting import (
     require_target,
     require_worth,
 )
+from defenses.evidence import require_bounded, uncharged
 from defenses.whole_update import clipped, noised, refuse_running_statistics
-from fedgc.doors import ClientPlan, Defense, Scheme
+from fedgc.doors import ClientPlan, Defense, Drawn, Scheme
 from fedgc.types import Charge, ClientUpdate, Tensors
 
 
@@ -74,6 +75,7 @@ class ClientDP(Defense):
 
     def outgoing(self, update: ClientUpdate, noise: torch.Generator) -> ClientUpdate:
         tensors = clipped(update.tensors, self.max_grad_norm)
+        require_bounded(list(tensors.values()), self.max_grad_norm, f"the update of client {update.client}")
         if self.noise == "local":
             tensors = noised(tensors, self._deviation(1.0), noise)
         return ClientUpdate(update.client, tensors, update.num_examples)
@@ -90,6 +92,10 @@ class ClientDP(Defense):
         """One release a round, whatever the number of steps behind it; of a client with a small share this is too much."""
         assert self.noise_multiplier is not None
         return Charge(plan.client, round, self.noise_multiplier, 1.0, 1)
+
+    def contradicted(self, plans: Sequence[ClientPlan], ledger: Sequence[Charge], drawn: Drawn) -> str | None:
+        of = {plan.client: plan for plan in plans}
+        return uncharged(ledger, drawn, lambda client, t, steps: self.charge(of[client], t, steps))
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV."""

@@ -33,7 +33,8 @@ from defenses.accounting import (
     require_worth,
     undominated,
 )
-from fedgc.doors import ClientPlan, Defense, LocalSession
+from defenses.evidence import uncharged, unlike_poisson
+from fedgc.doors import ClientPlan, Defense, Drawn, LocalSession
 from fedgc.errors import UsageError
 from fedgc.rng import on_device
 from fedgc.types import Charge
@@ -195,6 +196,18 @@ class DPSGD(Defense):
         assert self.noise_multiplier is not None
         photos = plan.most_photos if self.unit == "image" else 1
         return Charge(plan.client, round, self.noise_multiplier, self.rate(plan), steps, photos)
+
+    def contradicted(self, plans: Sequence[ClientPlan], ledger: Sequence[Charge], drawn: Drawn) -> str | None:
+        of = {plan.client: plan for plan in plans}
+        why = uncharged(ledger, drawn, lambda client, t, steps: self.charge(of[client], t, steps))
+        rates = {plan.client: self.rate(plan) for plan in plans}
+        return why or unlike_poisson(plans, rates, {plan.client: self._photos(plan) for plan in plans}, drawn)
+
+    def _photos(self, plan: ClientPlan) -> Tensor:
+        """(units,) photos that each unit adds to a batch it is in."""
+        if self.unit == "image" or plan.people is None:
+            return torch.ones(plan.images)
+        return plan.people.unique(return_counts=True)[1].clamp(max=self.photos_per_person)
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV, with the figure

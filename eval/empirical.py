@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eval.results import Cell, Entry, Value, epsilon_text
+from eval.results import Cell, Entry, Value, epsilon_text, promise_text
 
 METRIC = "epsilon_lower_bound"
 COLUMNS = ("Run", "Seat", "ε promised", "ε at least", "If all guesses were right", "At δ", "Guesses right", "Canaries")
@@ -25,7 +25,7 @@ def empirical(cells: Sequence[Cell]) -> dict[str, Any]:
         promised = claim.get("value")
         if promised is None and cell.epsilon is not None:
             notes[str(claim.get("why"))] = None
-        text = "none" if cell.epsilon is None else "not compared" if promised is None else epsilon_text(promised)
+        text = "not compared" if promised is None and cell.epsilon is not None else promise_text(cell, promised)
         at_most = "" if value.get("ceiling") is None else f"{value['ceiling']:.2f}"
         right = f"{value.get('right')} of {value.get('guesses')}"
         words = [text, f"{value['value']:.2f}", at_most, f"{value.get('delta'):g}", right, str(value.get("n"))]

@@ -12,7 +12,7 @@ from eval.empirical import alarms
 from eval.envelope import matrix, worst_text
 from eval.narrative import verdict
 from eval.paired import utility_difference
-from eval.results import SEATS, Cell, algorithm_name, epsilon_text
+from eval.results import SEATS, Cell, algorithm_name, promise_text
 from eval.sections import seeds_apart, shown
 from eval.wording import WHO, difference, interval, number
 
@@ -36,7 +36,7 @@ def front(cells: Sequence[Cell]) -> dict[str, Any]:
     rows = [_row(cell, cells, seats) for cell in cells]
     return {
         "verdict": labelled(cells), "matrix": matrix(cells), "rows": rows, "seats": [WHO[s] for s in seats],
-        "changes": any(row["change"] for row in rows),
+        "changes": any(row["change"] for row in rows), "promises": any(c.epsilon is not None for c in cells),
     }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def _row(cell: Cell, cells: Sequence[Cell], seats: Sequence[str]) -> dict[str, A
     auc["notes"] += seeds_apart(cell, "auc")
     return {
         "algorithm": algorithm_name(cell.algorithm), "defense": cell.defense, "seeds": len(cell.runs),
-        "epsilon": "none" if cell.epsilon is None else epsilon_text(cell.epsilon), "auc": auc,
+        "epsilon": promise_text(cell), "auc": auc,
         "untrained": None if untrained.value is None else number(untrained.value, ""),
         "tar": {**shown(cell.utility("tar@far=0.1").json(), "tar@far=0.1"), "strong": False},
         "change": _change(cell, cells), "worst": [worst_text(cell, seat) for seat in seats],

@@ -86,6 +86,10 @@ def _per_algorithm(weakest: Sequence[Cell], attack: str, metric: str, words: Cal
 
 def _bought(cells: Sequence[Cell]) -> str:
     promised = [c for c in cells if c.epsilon is not None]
+    withheld = [c for c in cells if c.withheld]
+    if not promised and withheld:
+        of = _listed([_name(c) for c in withheld])
+        return f"No ε stands: what ran is not what was accounted for, so that it is withheld of {of} (section 7); {NO_GUARANTEE}."
     if not promised:
         return f"No run was trained with differential privacy, so that nothing bounds what a better attack finds: {NO_GUARANTEE}."
     parts = []
@@ -194,7 +198,8 @@ def accounting(cells: Sequence[Cell]) -> dict[str, Any]:
     shared = [(n, next(iter(statements.values()))[n]) for n in names if n not in own]
     rows = [(label, [statement.get(n, "") for n in own]) for label, statement in statements.items() if own]
     seeded = [c.label for c in promised if c.first.config.get("defense", {}).get("noise_seed") is not None]
-    return {"shared": shared, "columns": own, "rows": rows, "warnings": _warnings(promised, seeded)}
+    return {"shared": shared, "columns": own, "rows": rows, "warnings": _warnings(promised, seeded),
+            "withheld": [(c.label, c.withheld) for c in cells if c.withheld]}  # fmt: skip
 
 
 def _statement(cell: Cell) -> dict[str, str]:

@@ -70,6 +70,12 @@ class RunResult:
         return (self.about.get("privacy") or {}).get("epsilon")
 
     @property
+    def withheld(self) -> str | None:
+        """Why an epsilon that was promised does not stand; None where it does, or none was promised."""
+        promised = self.about.get("privacy")
+        return None if not promised or self.epsilon is not None else str(promised.get("why") or "no reason is given")
+
+    @property
     def defense(self) -> str:
         return str((self.about.get("defense") or self.config.get("defense") or {}).get("name", "none"))
 
@@ -168,7 +174,12 @@ class Cell:
 
     @property
     def epsilon(self) -> float | None:
-        return self.first.epsilon
+        """Of the first seed; none where that of any seed is withheld."""
+        return None if self.withheld else self.first.epsilon
+
+    @property
+    def withheld(self) -> str | None:
+        return next((run.withheld for run in self.runs if run.withheld), None)
 
     @property
     def defense(self) -> str:
@@ -276,6 +287,8 @@ def algorithm_name(name: str) -> str:
 
 
 def defense_text(run: RunResult) -> str:
+    if run.withheld:
+        return f"{run.defense} (ε withheld)"
     if run.epsilon is None:
         return "no defense" if run.defense == "none" else f"{run.defense} (no ε)"
     return (
@@ -283,6 +296,13 @@ def defense_text(run: RunResult) -> str:
         if run.defense == "dp-sgd"
         else f"{run.defense}, ε = {epsilon_text(run.epsilon)}"
     )
+
+
+def promise_text(cell: Cell, epsilon: float | None = None) -> str:
+    """A cell's epsilon, or the given one, as a table prints it; and why there is none, in a word."""
+    if cell.withheld:
+        return "withheld"
+    return "none" if cell.epsilon is None else epsilon_text(cell.epsilon if epsilon is None else epsilon)
 
 
 def epsilon_text(epsilon: float) -> str:

@@ -118,7 +118,10 @@ def _briefly(labels: Sequence[str], cells: Sequence[Cell]) -> str:
 def utility(cells: Sequence[Cell]) -> dict[str, Any]:
     """Every utility figure, then the baselines; "kept" is the share of the best undefended gain over the untrained net."""
     rows: list[dict[str, Any]] = []
-    best = max((v for c in cells if c.epsilon is None and (v := c.utility("auc").value) is not None), default=None)
+    best = max(
+        (v for c in cells if c.epsilon is None and not c.withheld and (v := c.utility("auc").value) is not None),
+        default=None,
+    )
     baselines = Shared([c.label for c in cells])
     for cell in cells:
         trained, untrained = cell.utility("auc").value, cell.utility("auc", "untrained").value

@@ -24,7 +24,7 @@ from fedgc.probing import Probing, require_answers
 from fedgc.rng import generator
 from fedgc.schedule import Party, Schedule
 from fedgc.team import Team
-from fedgc.types import BACKBONE, HEAD, ModelSpec, Tensors
+from fedgc.types import BACKBONE, HEAD, Charge, ModelSpec, Tensors
 from fedgc.uploads import Home, Order, Packing, Upload
 
 
@@ -118,6 +118,15 @@ class Clients:
         per_round = self.schedule.local_epochs * math.ceil(n / batch)
         steps, rounds = per_round * self.schedule.rounds, self.schedule.rounds
         return ClientPlan(party.client, n, batch, steps, party.labels.cpu(), rounds)
+
+    def charges(self, round: int) -> tuple[Charge, ...]:
+        """What a round costs in which everybody who is asked answers."""
+        return tuple(c for p in self.participants(round) if (c := self._cost(p, round)) is not None)
+
+    def _cost(self, party: Party, round: int) -> Charge | None:
+        plan = self.plan(party)
+        drawn = epoch_batches(plan.images, plan.batch_size, self.schedule.local_epochs, generator(0, "steps"))
+        return self.defense.charge(plan, round, sum(1 for _ in drawn))
 
     def participants(self, round: int) -> list[Party]:
         count = max(1, round_half_up(self.schedule.participation * len(self.parties)))

@@ -14,6 +14,7 @@ from fedgc.errors import UsageError
 from fedgc.types import Charge, ClientUpdate, Named, Tensors
 
 Pairwise = Callable[[int], torch.Generator]
+Drawn = Mapping[tuple[int, int], tuple[int, int]]  # (round, client) -> (steps, photos in all of them)
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,10 @@ class Defense(Named):
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any] | None:
         """The privacy spent so far, with its unit; None where the defense makes no promise. quick: a looser bound will do."""
+        return None
+
+    def contradicted(self, plans: Sequence[ClientPlan], ledger: Sequence[Charge], drawn: Drawn) -> str | None:
+        """Why what ran is not what the ledger was charged for, so that no epsilon holds; None where nothing speaks against it."""
         return None
 
     def card(self) -> dict[str, Any]:

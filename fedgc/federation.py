@@ -14,6 +14,7 @@ from torch import Tensor
 from fedgc.acceptance import endless
 from fedgc.algorithms import owner_tensor
 from fedgc.client import Clients
+from fedgc.doors import Drawn
 from fedgc.errors import WorkFailedError
 from fedgc.heads import initial_rows
 from fedgc.inbox import Inbox
@@ -35,7 +36,7 @@ from fedgc.uploads import Absence, Answers, Ask, Asked, Home, Order, Where
 
 @dataclass(frozen=True)
 class RoundResult:
-    """missing: clients that the round went on without, and why."""
+    """missing: clients that the round went on without, and why; drawn: steps and photos of the others."""
 
     state: State
     transcript: Transcript
@@ -43,6 +44,7 @@ class RoundResult:
     images: int
     dropped: int = 0
     missing: Mapping[int, str] = field(default_factory=dict)
+    drawn: Drawn = field(default_factory=dict)
 
 
 @dataclass
@@ -137,7 +139,7 @@ class Federation(Clients):
         require_finite(new)
         transcript = self._transcript(state, new, where, constants, got, returned, carried)
         loss = sum(got.losses) / max(1, len(got.losses))
-        return RoundResult(new, transcript, loss, got.images, got.dropped, missing)
+        return RoundResult(new, transcript, loss, got.images, got.dropped, missing, got.drawn)
 
     def _in_turn(self, orders: Asked) -> Answers:
         for party, order, home in orders:

@@ -46,6 +46,7 @@ class Inbox:
     charges: tuple[Charge, ...] = ()
     losses: list[float] = field(default_factory=list)
     images: int = 0
+    drawn: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     dropped: int = 0
     chosen: tuple[int, ...] = ()  # classes whose rows a probing client chose
 
@@ -66,6 +67,7 @@ class Inbox:
         self._charge(plan, upload.steps)
         self.losses += [] if math.isnan(upload.loss) else [upload.loss]
         self.images += upload.images
+        self.drawn[int(self.where[1]), party.client] = (upload.steps, upload.images)
         self.dropped += upload.dropped
 
     def problem_with(self, party: Party, upload: Upload, constant: frozenset[str]) -> str | None:

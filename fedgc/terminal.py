@@ -91,11 +91,14 @@ def training(result: Mapping[str, Any]) -> None:
         f"{u['identities']} people, {u['images']} photos; 95 % intervals by resampling people", highlight=False
     )
     privacy = result["privacy"]
-    if privacy:
+    if privacy and privacy["epsilon"] is None:
+        console.print(f"privacy: ε is withheld: {escape(str(privacy.get('why')))}", style="red", highlight=False)
+    elif privacy:
         console.print(
             f"privacy: {privacy['unit']}-level, {privacy['adjacency']}: ε = {privacy['epsilon']:.3f} at δ = {privacy['delta']:g} "
             f"({privacy['accountant']}), σ = {privacy['noise_multiplier']:.3f}, C = {privacy['max_grad_norm']:g}, "
-            f"{privacy['sampling']} sampling, {privacy['steps']} steps; {privacy['covers']}", highlight=False,
+            f"{privacy['sampling']} sampling, {privacy['steps']} steps; {privacy['covers']}; "
+            f"randomness: {privacy['randomness']}", highlight=False,
         )  # fmt: skip
     else:
         console.print("privacy: none promised (no differential privacy)", highlight=False)

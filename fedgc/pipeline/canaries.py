@@ -41,6 +41,8 @@ def claim_of(privacy: Mapping[str, Any] | None) -> Claim:
     no more than that: it is not compared."""
     if privacy is None:
         return Claim(None, None, "no differential privacy was promised")
+    if privacy["epsilon"] is None:
+        return Claim(None, None, f"epsilon is withheld: {privacy.get('why')}")
     if (unit := privacy.get("unit")) != "image":
         whom = "a person with all photos" if unit == "identity" else "a whole client"
         why = (

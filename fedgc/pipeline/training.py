@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -26,9 +26,10 @@ from fedgc.pipeline.setting import Setting, auxiliary_photos, federation, galler
 from fedgc.pipeline.watch import Watch, silent
 from fedgc.runs import RunDirectory, provenance, require_new
 from fedgc.transcripts import transcript_name
-from fedgc.types import State
+from fedgc.types import Charge, State
 from fedgc.victims import manifest_hash, victims
 
+EPSILONS = ("epsilon", "epsilon_pld", "epsilon_identity", "profile")  # all that an accountant says
 NAMED_SKIPS = 1000  # files that could not be used, named in run.json
 NO_PUBLIC = {"auc": {"value": None, "low": None, "high": None, "n": 0, "why": "no public pre-training"}}
 QUICK_PHOTOS = 3  # a calibration person's photos in the utility shown while training
@@ -89,7 +90,7 @@ def _train(
     parties.noise_key = run.noise_key(getattr(config.defense, "noise_seed", None))
     with engine.reached(config, parties) as parties.ask:
         state = _rounds(setting, parties, run, watch, after_round)
-    privacy = parties.defense.spent(run.charge(state.ledger))
+    privacy = promise(parties, run.charge(state.ledger), run.metrics())
     watch("measuring utility", 0, 1)
     backbone = parties.backbone
     untrained, fresh_draws = utility(embedding(backbone, untrained_state(config)), setting)
@@ -103,6 +104,23 @@ def _train(
         utility=trained, privacy=privacy, baselines={"untrained": untrained, "public-only": public},
     )  # fmt: skip
     return document(run)
+
+
+def promise(
+    parties: Federation, ledger: Sequence[Charge], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+    """The privacy of a run with all that it rests on; None where none was promised. Where what ran is not what was accounted for,
+    every epsilon in it is withheld, and ``why`` says so."""
+    spent = parties.defense.spent(ledger)
+    if spent is None:
+        return None
+    drawn = {(m["round"], int(k)): (n, photos) for m in metrics for k, (n, photos) in m.get("drawn", {}).items()}
+    plans = [parties.plan(p) for p in parties.parties]
+    unknown = next((m["round"] for m in metrics if "drawn" not in m), None)
+    why = parties.defense.contradicted(plans, ledger, drawn)
+    if why is None and unknown is not None:
+        why = f"sampling: nothing tells what was drawn in round {unknown}"
+    return dict(spent) if why is None else {**spent, **dict.fromkeys(EPSILONS, None), "why": why}
 
 
 def _require_same_noise(parties: Federation, run: RunDirectory) -> None:
@@ -164,7 +182,13 @@ def _rounds(
         recorded = record.at(t, rounds)
         if recorded:
             _record_steps(setting, parties, state, run)
-        result = parties.play(state, keep=record.keeps if recorded else lambda client: False)
+        try:
+            result = parties.play(state, keep=record.keeps if recorded else lambda client: False)
+        except Exception:
+            run.charge(
+                (*state.ledger, *parties.charges(t))
+            )  # what arrived before the failure was released, and is paid for
+            raise
         state = result.state
         ledger = run.charge(state.ledger)
         if recorded:
@@ -174,6 +198,7 @@ def _rounds(
             "round": t, "loss": round(result.loss, 5), "auc": quick(state, rounds), "images": result.images,
             "epsilon": privacy["epsilon"] if privacy else None, "seconds": round(time.monotonic() - clock, 3),
             **({"dropped_gradients": result.dropped} if result.dropped else {}),
+            **({"drawn": {str(k): list(counts) for (_, k), counts in result.drawn.items()}} if privacy else {}),
             **({"missing": dict(result.missing)} if result.missing else {}),
         }  # fmt: skip
         run.save_round(state, metrics, parties.spec)
