@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
+FUZZ_STAMP := $(VENV)/.installed-fuzz
 
 .PHONY: demo test slow check trust bench docs clean
 
@@ -29,7 +30,11 @@ check: $(STAMP)  ## all that CI checks
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-trust: $(STAMP)  ## faults, hostile files, bad updates, planted mistakes: all of docs/trust.md, in less than an hour
+$(FUZZ_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	touch $(FUZZ_STAMP)
+
+trust: $(FUZZ_STAMP)  ## faults, hostile files, bad updates, planted mistakes: all of docs/trust.md, in less than an hour
 	$(BIN)/python -m tests.trust
 
 bench: $(STAMP)  ## speed, memory and exact resume; never part of the tests

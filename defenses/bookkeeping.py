@@ -90,6 +90,10 @@ class BookKeepingOptimizer(UnitOptimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, book: Book, **settings: Any) -> None:
         super().__init__(optimizer, **settings)
         self.book = book
+        self.units = 0
+
+    def counted(self) -> int:
+        return self.units
 
     @property
     def accumulated_iterations(self) -> int:

@@ -22,27 +22,25 @@ class UnitOptimizer(DPOptimizer):
         super().__init__(*arguments, **settings)
         self.people: Tensor | None = None
         self.dropped = 0
-        self.units: int | None = None  # whose clipped gradients are in the sum; None before anything was clipped
 
     def clip_and_accumulate(self) -> None:
-        self.units = 0
         gradients = [p.grad_sample for p in self.params]
         if len(gradients[0]):
             fit = torch.stack([g.flatten(1).isfinite().all(dim=1) for g in gradients]).all(dim=0)
             self.dropped += int((~fit).sum())
             units = Units(len(fit), None if self.people is None else self.people.to(fit.device))
-            self.units = units.size
             for p in self.params:
                 p.grad_sample = units.mean(fit_only(p.grad_sample, fit))
         super().clip_and_accumulate()
 
     def add_noise(self) -> None:
-        require_bounded(
-            [p.summed_grad for p in self.params],
-            (self.units or 0) * self.max_grad_norm,
-            f"the sum over {self.units} units",
-        )
+        units = self.counted()
+        require_bounded([p.summed_grad for p in self.params], units * self.max_grad_norm, f"the sum over {units} units")
         super().add_noise()
+
+    def counted(self) -> int:
+        """Units whose gradients are in the sum."""
+        return len(self.params[0].grad_sample)
 
 
 def fit_only(gradient: Tensor, fit: Tensor) -> Tensor:

@@ -96,7 +96,6 @@ def _unclipped() -> Any:
     """The sum of gradients as they are."""
 
     def add_up(self: per_unit.UnitOptimizer) -> None:
-        self.units = len(self.params[0].grad_sample)
         for p in self.params:
             p.summed_grad = p.grad_sample.sum(dim=0) * 1000
 
