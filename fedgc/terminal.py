@@ -203,7 +203,8 @@ def audited(found: Mapping[str, Any]) -> None:
     bound = found["epsilon_lower_bound"]
     say(f"claimed: {found['unit']}-level, {found['adjacency']}: ε = {found['claimed']:.3f} at δ = {found['delta']:g} "
         f"({found['accountant']}), {found['rounds']} rounds at rate {found['sample_rate']:g}, "
-        f"σ = {found['defense']['noise_multiplier']:.3f}, C = {found['defense']['max_grad_norm']:g}")  # fmt: skip
+        f"σ = {found['defense']['noise_multiplier']:.3f}, C = {found['defense']['max_grad_norm']:g}; "
+        f"randomness: {found['randomness']}")  # fmt: skip
     say(f"found:   ε ≥ {bound['value']:.3f} at {100 * bound['confidence']:g} % confidence ({found['method']}); a perfect attack "
         f"on {bound['n']} counted runs in each world would show {bound['ceiling']:.3f}")  # fmt: skip
     say(found["verdict"], style="red" if found["exceeded"] else None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -12,10 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedgc.errors import RunError
+from fedgc.errors import FedgcError, RunError
+from fedgc.pipeline.attacking import attack
 from fedgc.pipeline.records import sweep_in
 from fedgc.pipeline.reporting import load_result, report
-from tests.trust.readers import READERS, Reader, good_run, put_result
+from tests.trust.harms import good_run, harm_tensors
+from tests.trust.readers import READERS, Reader, put_result
 
 NEEDS = {"answer of a node": "flwr"}
 COMMON = {
@@ -37,7 +41,7 @@ def played(reader: Reader, draw: Random) -> None:
 
 
 @pytest.mark.parametrize("reader", map(named, READERS))
-@settings(max_examples=15, **COMMON)
+@settings(max_examples=8, **COMMON)
 @given(draw=st.randoms(use_true_random=False))
 def test_a_harmed_input_is_read_or_refused(reader: Reader, draw: Random) -> None:
     played(reader, draw)
@@ -65,6 +69,24 @@ def test_harmed_results_make_a_report_or_words(seeds: range, tmp_path: Path) -> 
         except RunError:
             continue
         report([folder / "run"], folder / "report")
+
+
+@pytest.mark.parametrize(
+    "seeds", [range(5), pytest.param(range(5, 200), marks=pytest.mark.slow)], ids=lambda seeds: f"{len(seeds)}"
+)
+def test_a_harmed_run_is_attacked_or_refused(seeds: range, tmp_path: Path) -> None:
+    """What is read of a run without complaint, attacks can work with."""
+    names = ("label-inference", "embedding-recovery", "identity-linkage")
+    for seed in seeds:
+        draw, run = Random(seed), tmp_path / str(seed)
+        shutil.copytree(good_run(), run, ignore=shutil.ignore_patterns("attacks"))
+        files = sorted(
+            path for folder in ("transcript", "private", "attacker") for path in run.glob(f"{folder}/*.safetensors")
+        )
+        harm_tensors(draw.choice(files), draw)
+        with suppress(FedgcError):
+            attack(run, names, ("server", "client", "outsider"), targets=2)
+        shutil.rmtree(run)
 
 
 def test_a_good_input_is_read(tmp_path: Path) -> None:

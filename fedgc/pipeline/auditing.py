@@ -62,7 +62,7 @@ def audit(
     assert claim is not None
     method: Method = "gaussian" if all(c.sample_rate == 1 for c in worlds.charges) else "clopper-pearson"
     found = _attack(worlds, runs, seed, float(claim["delta"]), method, watch)
-    said = ("unit", "delta", "accountant", "adjacency", "sample_rate")
+    said = ("unit", "delta", "accountant", "adjacency", "sample_rate", "randomness")
     return {
         "defense": worlds.defense.card(), "claimed": claim["epsilon"], **{key: claim[key] for key in said},
         "rounds": rounds, "runs": runs, "method": method, "canary": found.canary, "statistic": found.test.name,
