@@ -8,7 +8,7 @@ shuffle or a sampler balanced over people gives. At `CHANCE` an honest run is ne
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -42,9 +42,12 @@ def unlike_poisson(
     inequality, the spread, where every unit is one photo, against exact binomials (Fisher's method).
     """
     even: list[float] = []
+    of: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for (_, client), counts in sorted(drawn.items()):
+        of[client].append(counts)
     for plan in plans:
         q, sizes = rates[plan.client], most[plan.client].double()
-        rounds = [counts for (_, client), counts in drawn.items() if client == plan.client]
+        rounds = of[plan.client]
         steps, photos = (sum(part) for part in zip(*rounds, strict=True)) if rounds else (0, 0)
         mean, variance = steps * q * float(sizes.sum()), steps * q * (1 - q) * float((sizes**2).sum())
         if abs(photos - mean) > _bernstein(variance, float(sizes.max()), CHANCE / max(1, len(plans))):
