@@ -3,7 +3,7 @@
 make trust                        # all of it
 python -m tests.trust --quick     # a tenth of the largest rows, to try it
 
-Two lanes run beside each other, each in processes of its own: the killed runs, which take longest, and everything else.
+Two lanes run beside each other, each row in a process of its own: the killed runs, which take longest, and everything else.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +42,7 @@ LISTS = {
     "promises": "epsilons that are withheld, with the reason",
     "nulls": "attacks on nothing that the report shows at chance",
 }
-LONG = {"kills", "fuzz"}  # played beside the others, with no faults of their own timing in the way
+LONG = {"kills", "fuzz"}  # one lane; everything else is the other
 HOSTILE = ("models", "paths", "images", "configs")
 
 
@@ -62,32 +62,18 @@ class Row:
         return self.good < self.of or self.of == 0
 
 
-class Lane:
-    """Rows in turn; each is printed as it ends, and on a terminal the lane says what it is at."""
+class Progress:
+    """What a row is at; on a terminal only."""
 
-    def __init__(self, total: int) -> None:
-        self.rows: dict[str, Row] = {}
-        self.total, self.began = total, time.monotonic()
+    def __init__(self) -> None:
+        self.began = time.monotonic()
 
-    def __call__(self, name: str, what: str, work: Callable[[], Counts]) -> None:
-        clock = time.monotonic()
-        try:
-            good, of, wrong = work()
-        except Exception as error:  # the rows after it are of no less worth
-            good, of, wrong = 0, 1, [f"{type(error).__name__}: {error}"]
-        row = self.rows[name] = Row(what, good, of, time.monotonic() - clock, tuple(wrong))
-        print(row.line(), *(f"    {line}" for line in row.wrong[:10]), sep="\n", flush=True)
-
-    def at(self, what: str) -> None:
-        """Progress: on a terminal only."""
+    def __call__(self, what: str) -> None:
         if sys.stderr.isatty():
-            spent = time.monotonic() - self.began
-            print(
-                f"\r{spent:5.0f} s, {len(self.rows)} of {self.total} rows; {what[:60]:<60}", end="\r", file=sys.stderr
-            )
+            print(f"\r{time.monotonic() - self.began:5.0f} s {what[:80]:<80}", end="\r", file=sys.stderr)
 
 
-def program(lane: Lane, module: str, *arguments: object, pattern: str) -> Counts:
+def program(progress: Progress, module: str, *arguments: object, pattern: str) -> Counts:
     """Counts that a program prints in this form, added up."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     with tempfile.TemporaryFile("w+") as err:
@@ -96,7 +82,7 @@ def program(lane: Lane, module: str, *arguments: object, pattern: str) -> Counts
         lines = []
         for line in process.stdout:
             lines.append(line.strip())
-            lane.at(line.strip())
+            progress(line.strip())
         process.wait()
         err.seek(0)
         last = err.read().strip()[-300:]
@@ -118,12 +104,12 @@ def damaged(trials: int, seed: int) -> Counts:
     return sum(found.values()), sum(found.values()) + len(missed), missed
 
 
-def listed(lane: Lane, module: str, share: int) -> Counts:
+def listed(progress: Progress, module: str, share: int) -> Counts:
     """Cases of a module of this package, every share-th; one that this machine cannot play counts as not handled."""
     good, wrong = 0, []
     cases = getattr(importlib.import_module(f"tests.trust.{module}"), module.upper())[::share]
     for case in cases:
-        lane.at(case.name)
+        progress(case.name)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 said = case.run(Path(folder))
@@ -164,24 +150,47 @@ def planted(seeds: int) -> Counts:
     return len(PLANTED) - len(wrong), len(PLANTED), wrong
 
 
-def work(lane: Lane, share: int, seed: int) -> dict[str, tuple[str, Callable[[], Counts]]]:
+def work(progress: Progress, share: int, seed: int) -> dict[str, tuple[str, Callable[[], Counts]]]:
     """Every row by its name: what it counts, and how. share: one in so many."""
     kills = ("--kills", 200 // share, "--aimed", 20 // share, "--seed", seed, "--no-signals")
     inputs = ("--runs", 20000 // share, "--seed", seed)
     killed = r"(\d+) of (\d+) (?:killed runs|runs killed)"
 
     def cases(name: str) -> Callable[[], Counts]:
-        return lambda: listed(lane, name, 1 if name in HOSTILE else min(5, share))
+        return lambda: listed(progress, name, 1 if name in HOSTILE else min(5, share))
 
     return {
-        "kills": ("killed runs that resume bit-identical", lambda: program(lane, "benchmarks.resume", *kills, pattern=killed)),
+        "kills": ("killed runs that resume bit-identical",
+                  lambda: program(progress, "benchmarks.resume", *kills, pattern=killed)),
         "fuzz": ("fuzzed inputs that are read, or refused in words",
-                 lambda: program(lane, "tests.trust.fuzz", *inputs, pattern=r"(\d+) of (\d+) fuzzed")),
+                 lambda: program(progress, "tests.trust.fuzz", *inputs, pattern=r"(\d+) of (\d+) fuzzed")),
         "damage": ("damaged state files that are noticed before use", lambda: damaged(1000 // share, seed)),
         **{name: (words, cases(name)) for name, words in LISTS.items()},
         "updates": ("bad updates that are refused or bounded", updates),
         "planted": ("planted mistakes in DP that an audit flags", lambda: planted(1 if share > 1 else 20)),
     }  # fmt: skip
+
+
+def play(name: str, what: str, counted: Callable[[], Counts]) -> Row:
+    clock = time.monotonic()
+    try:
+        good, of, wrong = counted()
+    except Exception as error:  # the other rows are of no less worth
+        good, of, wrong = 0, 1, [f"{type(error).__name__}: {error}"]
+    row = Row(what, good, of, time.monotonic() - clock, tuple(wrong))
+    print("\n".join([row.line(), *(f"    {line}" for line in row.wrong[:10])]), flush=True)
+    return row
+
+
+def apart(name: str, options: argparse.Namespace) -> Row:
+    """A row in a process of its own: the children that it forks inherit no thread, and no lock, of another row."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "row.json"
+        given = [*(["--quick"] if options.quick else []), "--seed", str(options.seed), "--row", str(file)]
+        subprocess.run(
+            [sys.executable, "-m", "tests.trust", *given, "--only", name], cwd=ROOT, env=ENVIRONMENT, check=False
+        )
+        return Row(**json.loads(file.read_text())) if file.exists() else Row(name, 0, 0, 0.0)
 
 
 def main() -> None:
@@ -190,50 +199,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the largest rows")
     parser.add_argument("--only", metavar="ROW", nargs="+", help="these rows alone, by the names that --names prints")
     parser.add_argument("--names", action="store_true", help="print the names of all rows, and end")
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # where a lane leaves its rows for the other
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)  # where a process leaves its row
     options = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
-    lane = Lane(0)
-    every = work(lane, 10 if options.quick else 1, options.seed)
-    lane.total = len(every)
+    every = work(Progress(), 10 if options.quick else 1, options.seed)
     if options.names:
         print(*(f"{name:<10} {words}" for name, (words, _) in every.items()), sep="\n")
         return
     chosen = [name for name in every if options.only is None or name in options.only]
-    with beside_of(chosen, options) if options.rows is None else nullcontext({}) as others:
-        for name in chosen:
-            if name not in others:
-                lane(name, *every[name])
-    if options.rows is not None:
-        options.rows.write_text(json.dumps({name: asdict(row) for name, row in lane.rows.items()}))
+    if options.row is not None:
+        import torch
+
+        torch.set_num_threads(1)
+        options.row.write_text(json.dumps(asdict(play(chosen[0], *every[chosen[0]]))))
         return
-    rows = {**others, **lane.rows}
-    print(f"\n{time.monotonic() - lane.began:.0f} s")
+    began = time.monotonic()
+    lanes = [[name for name in chosen if (name in LONG) is long] for long in (True, False)]
+    with ThreadPoolExecutor(len(lanes)) as beside:  # threads that wait for processes
+        played = beside.map(lambda lane: {name: apart(name, options) for name in lane}, lanes)
+        rows = {name: row for lane in played for name, row in lane.items()}
+    print(f"\n{time.monotonic() - began:.0f} s")
     if options.only is None:
         print(sentence(rows))
     sys.exit(any(row.failed for row in rows.values()))
-
-
-@contextmanager
-def beside_of(chosen: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Row]]:
-    """The other lane, if there is something for both: a process that plays the longest rows. Its rows are there when it ends."""
-    mine = {name: Row(name, 0, 0, 0.0) for name in LONG if name in chosen and not set(chosen) <= LONG}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        given = [*(["--quick"] if options.quick else []), "--seed", str(options.seed), "--rows", str(file)]
-        command = [sys.executable, "-m", "tests.trust", *given, "--only", *mine]
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) if mine else None
-        try:
-            yield mine
-            if process is not None:
-                process.wait()
-                told = json.loads(file.read_text()) if file.exists() else {}
-                mine.update({name: Row(**row) for name, row in told.items()})
-        finally:
-            if process is not None and process.poll() is None:
-                process.terminate()
 
 
 def sentence(every: dict[str, Row]) -> str:
