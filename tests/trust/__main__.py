@@ -24,7 +24,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+# a fork leaves the semaphores of a pool to its parent, which multiprocessing's tracker remarks on
+QUIET = "ignore:resource_tracker:UserWarning"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": QUIET}
 Counts = tuple[int, int, Sequence[str]]  # handled, out of so many, and what was not
 
 # a module of this package, whose constant of the same name in capitals lists its cases: what they are
