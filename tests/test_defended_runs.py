@@ -8,7 +8,7 @@ import pytest
 from tiny import TINY, Outcome
 
 from fedgc.config import load_config
-from fedgc.errors import RefusedError
+from fedgc.errors import RefusedError, UsageError
 from fedgc.pipeline.attacking import attack
 from fedgc.pipeline.evaluation import document
 from fedgc.pipeline.grids import cells
@@ -105,3 +105,9 @@ def test_axes_of_the_command_line_go_before_those_of_the_file(tmp_path: Path) ->
     assert [(c.config().seed, c.config().defense.noise_seed) for c in grid] == [(0, 4), (1, 5)]
     assert {c.targets for c in grid} == {3}
     assert len(cells(tmp_path / "c.toml", seeds=1)) == 2
+
+
+@pytest.mark.parametrize("seeds", [5_001, 2**63, 10**40])
+def test_a_grid_has_an_end(seeds: int) -> None:
+    with pytest.raises(UsageError, match=f"a grid of {2 * seeds:,} cells"):
+        cells(None, ["federation.rounds=1,2"], seeds)

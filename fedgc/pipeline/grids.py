@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from fedgc.config import SWEEP, Config, environment_settings, parse_value, put, 
 from fedgc.errors import UsageError
 from fedgc.pipeline.entries import make_attack, one_of
 from fedgc.threats import THREATS
+
+MOST_CELLS = 10_000
 
 
 class Plan(BaseModel):
@@ -73,6 +76,8 @@ def cells(
     axes = {**plan.over, **dict(_axis(text) for text in over)}
     for key, value in environment_settings(environment or {}).items():
         put(base, key, value)
+    if (many := (seeds or plan.seeds) * math.prod(map(len, axes.values()))) > MOST_CELLS:
+        raise UsageError(f"a grid of {many:,} cells, and {MOST_CELLS:,} are the limit: take fewer values or seeds")
     found = [
         _cell(base, plan, dict(zip(axes, values, strict=True)), offset if (seeds or plan.seeds) > 1 else None)
         for values in itertools.product(*axes.values())

@@ -79,7 +79,9 @@ def fuzz(runs: int, seed: int) -> None:
         for number in range(8 * len(every)):  # a few inputs for each reader to begin with
             start = number % len(every)
             (Path(corpus) / str(number)).write_bytes(bytes([start * 256 // 32 % 256]) + draw.randbytes(60))
-        atheris.Setup([sys.argv[0], f"-runs={2 * runs}", f"-seed={seed + 1}", *quiet, corpus], one)
+        atheris.Setup(
+            [sys.argv[0], f"-runs={2 * runs}", f"-seed={seed + 1}", f"-artifact_prefix={corpus}/", *quiet, corpus], one
+        )
         atheris.Fuzz()
 
 

@@ -92,9 +92,8 @@ def twisted(tensors: Mapping[str, Tensor], draw: Random) -> dict[str, Tensor]:
             case 2:
                 found[name] = tensor.nan_to_num(0).to(draw.choice(TYPES))
             case 3:
-                found[name] = draw.choice(
-                    (tensor.flatten(), tensor[None], tensor[None][:, :0], tensor[None][..., :1], tensor.sum())
-                )
+                part = tensor[..., :1] if tensor.ndim else tensor[None]
+                found[name] = draw.choice((tensor.flatten(), tensor[None], tensor.flatten()[:0], part, tensor.sum()))
             case 4:
                 found[name] = torch.zeros(draw.choice(((), (0,), (1,), (3, 0), (2, 2, 2, 2, 2))), dtype=tensor.dtype)
             case 5:
