@@ -94,8 +94,7 @@ class ClientDP(Defense):
         return Charge(plan.client, round, self.noise_multiplier, 1.0, 1)
 
     def contradicted(self, plans: Sequence[ClientPlan], ledger: Sequence[Charge], drawn: Drawn) -> str | None:
-        of = {plan.client: plan for plan in plans}
-        return uncharged(ledger, drawn, lambda client, t, steps: self.charge(of[client], t, steps))
+        return uncharged(self.charge, plans, ledger, drawn)
 
     def spent(self, ledger: Sequence[Charge], quick: bool = False) -> Mapping[str, Any]:
         """Epsilon of the client that spent most. quick: by RDP, an upper bound in milliseconds; otherwise by PRV."""

@@ -198,8 +198,7 @@ class DPSGD(Defense):
         return Charge(plan.client, round, self.noise_multiplier, self.rate(plan), steps, photos)
 
     def contradicted(self, plans: Sequence[ClientPlan], ledger: Sequence[Charge], drawn: Drawn) -> str | None:
-        of = {plan.client: plan for plan in plans}
-        why = uncharged(ledger, drawn, lambda client, t, steps: self.charge(of[client], t, steps))
+        why = uncharged(self.charge, plans, ledger, drawn)
         rates = {plan.client: self.rate(plan) for plan in plans}
         return why or unlike_poisson(plans, rates, {plan.client: self._photos(plan) for plan in plans}, drawn)
 

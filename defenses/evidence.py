@@ -24,11 +24,16 @@ CHANCE = 1e-9  # with which an honest run would be doubted
 TOLERANCE = 1e-4  # of a length, for rounding
 
 
-def uncharged(ledger: Sequence[Charge], drawn: Drawn, due: Callable[[int, int, int], Charge]) -> str | None:
-    """The first release that the ledger does not hold as it should, or None. due: client, round and steps -> its charge."""
-    held = Counter(ledger)
+def uncharged(
+    charge: Callable[[ClientPlan, int, int], Charge],
+    plans: Sequence[ClientPlan],
+    ledger: Sequence[Charge],
+    drawn: Drawn,
+) -> str | None:
+    """The first release that the ledger does not hold as it should, or None. charge: plan, round and steps -> what is due."""
+    of, held = {plan.client: plan for plan in plans}, Counter(ledger)
     for (t, client), (steps, _) in sorted(drawn.items()):
-        if not held[due(client, t, steps)]:
+        if not held[charge(of[client], t, steps)]:
             return f"composition: {steps} steps of client {client} in round {t} were not charged as they ran"
     return None
 

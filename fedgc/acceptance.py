@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from fedgc.models import endless
 from fedgc.types import HEAD
 from fedgc.uploads import Upload
 
@@ -48,13 +49,5 @@ def _misfit(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], *, 
             return f"{name} is {list(x.shape)} in place of {list(shapes[name])}"
         if x.dtype != (torch.float32 if floating else torch.int64):
             return f"{name} is {str(x.dtype).removeprefix('torch.')}"
-    found = endless(tensors) if floating and tensors else None
+    found = endless(tensors) if floating else None
     return None if found is None else f"{found} is not finite"
-
-
-def endless(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a number that is not finite. Lengths are the quicker look; a length that is not finite
-    may still be of finite numbers."""
-    if bool(torch.stack(torch._foreach_norm(list(tensors.values()))).isfinite().all()):
-        return None
-    return next((name for name, x in tensors.items() if not bool(x.isfinite().all())), None)

@@ -11,14 +11,13 @@ from functools import cached_property
 
 from torch import Tensor
 
-from fedgc.acceptance import endless
 from fedgc.algorithms import owner_tensor
 from fedgc.client import Clients
 from fedgc.doors import Drawn
 from fedgc.errors import WorkFailedError
 from fedgc.heads import initial_rows
 from fedgc.inbox import Inbox
-from fedgc.models import state_tensors
+from fedgc.models import endless, state_tensors
 from fedgc.probing import Probes, next_probes
 from fedgc.rng import generator, on_device
 from fedgc.schedule import Party

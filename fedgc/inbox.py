@@ -45,7 +45,6 @@ class Inbox:
     own: dict[int, Tensors] = field(default_factory=dict)
     charges: tuple[Charge, ...] = ()
     losses: list[float] = field(default_factory=list)
-    images: int = 0
     drawn: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     dropped: int = 0
     chosen: tuple[int, ...] = ()  # classes whose rows a probing client chose
@@ -66,9 +65,12 @@ class Inbox:
         self._add(party.client, sent, upload.masked)
         self._charge(plan, upload.steps)
         self.losses += [] if math.isnan(upload.loss) else [upload.loss]
-        self.images += upload.images
         self.drawn[int(self.where[1]), party.client] = (upload.steps, upload.images)
         self.dropped += upload.dropped
+
+    @property
+    def images(self) -> int:
+        return sum(photos for _, photos in self.drawn.values())
 
     def problem_with(self, party: Party, upload: Upload, constant: frozenset[str]) -> str | None:
         """Why what a client sent cannot be its update of this round, or None. constant: names of tensors that no client sends."""

@@ -65,6 +65,11 @@ def check_spec(spec: ModelSpec) -> None:
     )
 
 
+def told_spec(about: Any, where: str) -> ModelSpec:
+    """The network that the description of a checkpoint names, likewise."""
+    return checked_spec(about.get("spec") if isinstance(about, dict) else None, where)
+
+
 def checked_spec(values: Any, where: str, hint: str = "give a checkpoint of `fedgc-priv train`") -> ModelSpec:
     """A network's description as it lies in a file; raises UsageError where no such network can be built."""
     names = {f.name for f in fields(ModelSpec)}
@@ -87,6 +92,14 @@ def checked_spec(values: Any, where: str, hint: str = "give a checkpoint of `fed
         raise UsageError(f"{where}: wrong spec: {error}; {hint}") from None
     check_spec(spec)
     return spec
+
+
+def endless(tensors: Tensors) -> str | None:
+    """The name of the first tensor with a number that is not finite. Lengths are the quicker look; a length that is not finite
+    may still be of finite numbers."""
+    if not tensors or bool(torch.stack(torch._foreach_norm(list(tensors.values()))).isfinite().all()):
+        return None
+    return next((name for name, x in tensors.items() if not bool(x.isfinite().all())), None)
 
 
 class FaceModel(nn.Module):

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from fedgc.algorithms import ALGORITHMS
-from fedgc.models import checked_spec
+from fedgc.models import checked_spec, endless
 from fedgc.types import HEAD, ClientUpdate, LocalConstants, Tensors, Transcript
 
 SHARED = ("broadcast", "released", "carried", "summed")
@@ -159,6 +158,5 @@ def _require_message(place: str, message: Tensors, rows: int | None, t: Transcri
             raise ValueError(f"{place}/{name} is {tuple(tensor.shape)}, and {shape and tuple(shape)} is due")
         if not tensor.is_floating_point() or (known is not None and tensor.dtype != known.dtype):
             raise ValueError(f"{place}/{name} is {tensor.dtype}")
-    lengths = torch._foreach_norm(list(message.values())) if message else []
-    if not all(bool(length.isfinite()) for length in lengths):
-        raise ValueError(f"{place} holds numbers that are not finite")
+    if (bad := endless(message)) is not None:
+        raise ValueError(f"{place}/{bad} is not finite")

@@ -26,7 +26,7 @@ from fedgc.data.faces import load_faces
 from fedgc.errors import UsageError
 from fedgc.files import PRIVATE, make_folder, read_tensors, sha256, write_json, write_tensors
 from fedgc.foreign import holds_update, unpack_update
-from fedgc.models import checked_spec
+from fedgc.models import told_spec
 from fedgc.pipeline.entries import entry_of, make_attack, one_of
 from fedgc.pipeline.judging import STRANGERS, of_steps, unit_features
 from fedgc.pipeline.records import Summary, checked
@@ -87,10 +87,7 @@ def _checkpoint_entry(file: Path, tensors: Tensors, about: Any, attack: Attack, 
             f"{file} holds no tensor named '{BACKBONE}...': give a checkpoint written by `fedgc-priv train`, or an update "
             "(docs/how-to/foreign-update.md)"
         )
-    spec = about.get("spec") if isinstance(about, dict) else None
-    if spec is None:
-        raise UsageError(f"{file} does not say which network it is for (no 'spec' in its description)")
-    constants = LocalConstants(checked_spec(spec, str(file)), 0.0, 1.0, 0.0, 0.0, None, 1, None, False)
+    constants = LocalConstants(told_spec(about, str(file)), 0.0, 1.0, 0.0, 0.0, None, 1, None, False)
     observation = outsider_observation(backbone, tensors.get(HEAD), constants, Knowledge())
     refused = (
         attack.refusal(observation)

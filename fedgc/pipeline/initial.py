@@ -14,7 +14,7 @@ from fedgc.algorithms import backbone_part
 from fedgc.config import Config
 from fedgc.errors import RunError, UsageError
 from fedgc.files import read_tensors, sha256, write_tensors
-from fedgc.models import BACKBONES, build_backbone, check_spec, checked_spec, state_tensors
+from fedgc.models import BACKBONES, build_backbone, check_spec, state_tensors, told_spec
 from fedgc.pipeline.published import BACKBONE_OF_PUBLISHED, PUBLISHED, check_hash, downloaded, read_published
 from fedgc.runs import RunDirectory
 from fedgc.types import BACKBONE, ModelSpec, State, Tensors
@@ -77,7 +77,7 @@ def _own(path: Path, spec: ModelSpec, expected: str | None) -> tuple[Tensors, di
     about = run.finished() if path.is_dir() else around(run, path)
     file = run.checkpoint_path(run.last_round()) if path.is_dir() else path
     tensors, header = read_tensors(file)
-    trained = checked_spec(header.get("spec") if isinstance(header, dict) else None, str(file))
+    trained = told_spec(header, str(file))
     digest = sha256(file)
     check_hash(file, digest, expected)
     _same(str(path), trained, spec)

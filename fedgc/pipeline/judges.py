@@ -16,7 +16,7 @@ from fedgc.config import read_toml
 from fedgc.data.align import ARCFACE_TEMPLATE
 from fedgc.errors import RunError, UsageError, WorkFailedError
 from fedgc.files import read_tensors, sha256
-from fedgc.models import BACKBONES, build_backbone, checked_spec
+from fedgc.models import BACKBONES, build_backbone, told_spec
 from fedgc.pipeline.initial import around, fitting
 from fedgc.pipeline.published import BACKBONE_OF_PUBLISHED, downloaded, read_published
 from fedgc.runs import RunDirectory
@@ -106,7 +106,7 @@ def _own(name: str, path: Path, run: RunDirectory) -> Judge:
         tensors, header = read_tensors(file)
     except RunError as error:
         raise UsageError(f"the judge {name} is no checkpoint: {error}") from None
-    spec = checked_spec(header.get("spec") if isinstance(header, dict) else None, f"the judge {name}")
+    spec = told_spec(header, f"the judge {name}")
     _require_independent(name, backbone_part(tensors), about, run)
     return network_judge(name, sha256(file), _loaded(backbone_part(tensors), spec, name), spec.image_size)
 

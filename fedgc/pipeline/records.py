@@ -156,7 +156,11 @@ class Sweep(Checked):
 
 def checked(kind: type[Checked], path: Path) -> dict[str, Any]:
     """The JSON document at ``path``. Raises RunError, with the first thing that is wrong, where it is not of that kind."""
-    told = read_json(path)
+    return valid(kind, read_json(path), path)
+
+
+def valid(kind: type[Checked], told: Any, path: Path) -> dict[str, Any]:
+    """What was read at ``path``, likewise."""
     try:
         kind.model_validate(told)
     except ValidationError as error:
@@ -176,8 +180,7 @@ def summary_of(folder: Path, run: Path) -> dict[str, Any]:
 
 def trained(run: RunDirectory) -> dict[str, Any]:
     """run.json of a finished run, all of it checked."""
-    run.finished()
-    return checked(Trained, run.path / "run.json")
+    return valid(Trained, run.finished(), run.path / "run.json")
 
 
 def sweep_in(folder: Path) -> dict[str, Any] | None:

@@ -95,12 +95,13 @@ def test_closeness_is_uniform_or_larger(rate: float) -> None:
 
 def test_every_release_is_charged_as_it_ran() -> None:
     due = lambda client, t, steps: Charge(client, t, 1.0, 0.5, steps)  # noqa: E731
+    charge = lambda plan, t, steps: due(plan.client, t, steps)  # noqa: E731
     ledger = [due(0, 1, 3), due(1, 1, 3), due(0, 2, 3)]
     ran = {(1, 0): (3, 9), (1, 1): (3, 9), (2, 0): (3, 9)}
-    assert uncharged(ledger, ran, due) is None
-    assert uncharged([*ledger, due(1, 2, 3)], ran, due) is None  # paid, and not released: too much is no lie
-    assert "client 1 in round 1" in str(uncharged([ledger[0], ledger[2]], ran, due))
-    assert "4 steps of client 0 in round 2" in str(uncharged(ledger, {**ran, (2, 0): (4, 9)}, due))
+    assert uncharged(charge, PLANS, ledger, ran) is None
+    assert uncharged(charge, PLANS, [*ledger, due(1, 2, 3)], ran) is None  # paid, and not released: too much is no lie
+    assert "client 1 in round 1" in str(uncharged(charge, PLANS, [ledger[0], ledger[2]], ran))
+    assert "4 steps of client 0 in round 2" in str(uncharged(charge, PLANS, ledger, {**ran, (2, 0): (4, 9)}))
 
 
 @pytest.mark.parametrize("length", [1.01, float("nan"), float("inf")])
